@@ -1,5 +1,29 @@
-"""Recurrent encoder-decoders with attention as Hugging Face models."""
+"""Recurrent encoder-decoders with attention as Hugging Face models; importing it registers the Auto classes."""
 
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from .cache_rnn_seq2seq import RnnSeq2SeqCache
+from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
+from .modeling_rnn_seq2seq import RnnSeq2SeqForConditionalGeneration, RnnSeq2SeqModel
+from .tokenization_rnn_seq2seq import RnnSeq2SeqTokenizer
 from .version import __version__
 
-__all__ = ["__version__"]
+AutoConfig.register("rnn_seq2seq", RnnSeq2SeqConfig, exist_ok=True)
+AutoModel.register(RnnSeq2SeqConfig, RnnSeq2SeqModel, exist_ok=True)
+AutoModelForSeq2SeqLM.register(RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration, exist_ok=True)
+AutoTokenizer.register(RnnSeq2SeqConfig, RnnSeq2SeqTokenizer, exist_ok=True)
+
+# Saving and pushing then carry the code, so that a checkpoint loads where the package is not installed.
+RnnSeq2SeqConfig.register_for_auto_class()
+RnnSeq2SeqModel.register_for_auto_class("AutoModel")
+RnnSeq2SeqForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
+RnnSeq2SeqTokenizer.register_for_auto_class()
+
+__all__ = [
+    "RnnSeq2SeqCache",
+    "RnnSeq2SeqConfig",
+    "RnnSeq2SeqForConditionalGeneration",
+    "RnnSeq2SeqModel",
+    "RnnSeq2SeqTokenizer",
+    "__version__",
+]

@@ -1,0 +1,405 @@
+"""The `PreTrainedModel` shell around encoder, decoder and head: first weights, embeddings, loss, generation hooks."""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import Seq2SeqLMOutput, Seq2SeqModelOutput
+from transformers.utils import can_return_tuple
+
+from .attention import NormedAdditiveAttention, PreparedMemory
+from .cache_rnn_seq2seq import DecoderState, RnnSeq2SeqCache
+from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
+from .decoder import RnnSeq2SeqDecoder
+from .encoders import BRIDGES, RnnSeq2SeqEncoder, RnnSeq2SeqEncoderOutput
+from .generation_rnn_seq2seq import RnnSeq2SeqGenerationMixin
+from .heads import HEADS
+from .recurrent_layers import RecurrentLayer
+
+
+def shift_tokens_right(
+    labels: torch.Tensor, pad_token_id: int | None, decoder_start_token_id: int | None
+) -> torch.Tensor:
+    """Decoder input for teacher forcing, [B, T]: the start token, then labels but the last; -100 becomes padding."""
+    if pad_token_id is None or decoder_start_token_id is None:
+        raise ValueError("`config.pad_token_id` and `config.decoder_start_token_id` must be set to shift labels.")
+    start = labels.new_full((labels.size(0), 1), decoder_start_token_id)
+    shifted = torch.cat((start, labels[:, :-1]), dim=1)
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+class RnnSeq2SeqPreTrainedModel(PreTrainedModel):
+    """What both models share: initial weights and what transformers may do with them."""
+
+    config_class = RnnSeq2SeqConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    # A decoder step reads weights of many modules without calling them, so a device holds a side as a whole.
+    _no_split_modules = ["RnnSeq2SeqEncoder", "RnnSeq2SeqDecoder"]  # noqa: RUF012  transformers' class attribute
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    @property
+    def dummy_inputs(self) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([[2, 1, 2], [1, 2, self.config.pad_token_id or 0]], device=self.device)
+        return {"input_ids": ids, "attention_mask": ids != (self.config.pad_token_id or 0), "decoder_input_ids": ids}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, RecurrentLayer):
+            for gate in module.weight_ih.chunk(module.num_gates):  # a packed matrix is several matrices
+                self._init_block(module.weight_ih, gate, init.xavier_uniform_)
+            for gate in module.weight_hh.chunk(module.num_gates):
+                self._init_block(module.weight_hh, gate, init.orthogonal_)
+            init.copy_(module.bias_ih, module.initial_bias().to(module.bias_ih))
+            init.zeros_(module.bias_hh)
+        elif isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, NormedAdditiveAttention):
+            init.constant_(module.scale, module.bias.numel() ** -0.5)
+            init.zeros_(module.bias)
+
+    @staticmethod
+    def _init_block(
+        parameter: nn.Parameter, block: torch.Tensor, initialise: Callable[[torch.Tensor], object]
+    ) -> None:
+        # A view of a parameter does not carry the mark that it was loaded from a checkpoint.
+        if not getattr(parameter, "_is_hf_initialized", False):
+            initialise(block)
+
+
+class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
+    """Encoder, bridge and decoder, up to the features that a head would read."""
+
+    _tied_weights_keys = {"encoder.embed_tokens.weight": "decoder.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: RnnSeq2SeqConfig):
+        super().__init__(config)
+        self.encoder = RnnSeq2SeqEncoder(config)
+        self.bridge = BRIDGES[config.bridge_type](config)
+        self.decoder = RnnSeq2SeqDecoder(config)
+        self.post_init()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        # transformers ties everything or nothing by `tie_word_embeddings`; here that is about the output layer, and
+        # one vocabulary has one embedding table in any case.
+        return dict(self._tied_weights_keys) if self.config.shared_vocabulary else {}
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The source side's; with one vocabulary, also the target's (`get_decoder().get_input_embeddings()`)."""
+        return self.encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
+        self.encoder.set_input_embeddings(value)
+        if self.config.shared_vocabulary:
+            self.decoder.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: RnnSeq2SeqEncoderOutput | tuple[torch.Tensor, ...] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> Seq2SeqModelOutput:
+        """
+        Args:
+            input_ids: source ids, [B, S].
+            attention_mask: 1 at source tokens, 0 at padding on either side, [B, S]. With `encoder_outputs` it may be
+                left out: they carry their own mask.
+            decoder_input_ids: target ids that the decoder reads, [B, T]; with `past_key_values`, only the new ones.
+            decoder_attention_mask: 1 at target tokens, [B, T] or, with a cache, [B, tokens so far + T]; the state
+                passes over the rest unchanged.
+            encoder_outputs: what `get_encoder()` returned, as it is or as a tuple.
+            past_key_values: a [`RnnSeq2SeqCache`].
+            inputs_embeds, decoder_inputs_embeds: embeddings instead of ids, [B, S, E] and [B, T, E].
+            use_cache: return the state after the last token as `past_key_values`.
+            output_attentions: return `cross_attentions`, a tuple of [B, heads, T, S] (empty without attention).
+            output_hidden_states: return embeddings and every layer's output for both sides.
+
+        Returns:
+            `Seq2SeqModelOutput`; `last_hidden_state` holds the features, [B, T, F].
+        """
+        config = self.config
+        use_cache = config.use_cache if use_cache is None else use_cache
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids, attention_mask, inputs_embeds, output_hidden_states=output_hidden_states, return_dict=True
+            )
+        encoder_outputs = self._check_encoder_outputs(encoder_outputs, attention_mask)
+        memory = encoder_outputs.last_hidden_state
+
+        if (decoder_input_ids is None) == (decoder_inputs_embeds is None):
+            raise ValueError("Give exactly one of `decoder_input_ids`, `decoder_inputs_embeds` (or `labels`).")
+        if decoder_inputs_embeds is None:
+            decoder_inputs_embeds = self.decoder.embed_tokens(decoder_input_ids)
+        if decoder_inputs_embeds.size(0) != memory.size(0):
+            raise ValueError(
+                f"The decoder's batch ({decoder_inputs_embeds.size(0)} rows in `decoder_input_ids`, "
+                f"`decoder_inputs_embeds` or `labels`) must be the encoder's ({memory.size(0)} rows)."
+            )
+
+        cache = self._check_cache(past_key_values, memory)
+        if cache is None and use_cache:
+            cache = RnnSeq2SeqCache()
+        prepared, state = self._start(encoder_outputs, cache)
+        mask = self._check_decoder_mask(decoder_attention_mask, decoder_inputs_embeds, cache)
+        output, state = self.decoder(decoder_inputs_embeds, state, prepared, mask)
+        if cache is not None:
+            cache.advance(state, decoder_inputs_embeds.size(1))
+
+        heads = self.decoder.wiring.attention.num_heads
+        return Seq2SeqModelOutput(
+            last_hidden_state=output.features,
+            past_key_values=cache if use_cache else None,  # type: ignore[arg-type]  # transformers declares one kind
+            decoder_hidden_states=(decoder_inputs_embeds, *output.layer_outputs) if output_hidden_states else None,
+            cross_attentions=((output.weights,) if heads else ()) if output_attentions else None,
+            encoder_last_hidden_state=memory,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+        )
+
+    def _start(
+        self, encoder_outputs: RnnSeq2SeqEncoderOutput, cache: RnnSeq2SeqCache | None
+    ) -> tuple[PreparedMemory, DecoderState]:
+        """The prepared source, and the state before the first new token: the cache's, else the bridge's."""
+        memory, wiring = encoder_outputs.last_hidden_state, self.decoder.wiring
+
+        def prepare() -> PreparedMemory:
+            return wiring.attention.prepare(memory, encoder_outputs.memory_mask)
+
+        prepared = prepare() if cache is None else cache.prepared(memory, prepare)
+        if cache is None or cache.state is None:
+            return prepared, wiring.first_state(self.bridge(encoder_outputs), prepared)
+        return prepared, cache.state
+
+    # Refusals. They look at shapes and types only, so none waits for a GPU or breaks a compiled graph.
+
+    @staticmethod
+    def _check_encoder_outputs(
+        output: RnnSeq2SeqEncoderOutput | tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None
+    ) -> RnnSeq2SeqEncoderOutput:
+        # Not `isinstance`: an output may come from another copy of this code.
+        fields = (
+            [getattr(output, name, None) for name in ("last_hidden_state", "final_state", "memory_mask")]
+            if hasattr(output, "last_hidden_state")
+            else [*output[:3], *[None] * (3 - len(output[:3]))]
+        )
+        memory, final_state, memory_mask = fields
+        if memory is None or final_state is None:
+            raise ValueError(
+                "`encoder_outputs` must be what `model.get_encoder()(...)` returns: `last_hidden_state` and "
+                f"`final_state` are needed, got {type(output).__name__} without."
+            )
+        if memory_mask is None and attention_mask is not None:
+            memory_mask = attention_mask.to(torch.bool)
+        if memory_mask is None:
+            memory_mask = memory.new_ones(memory.shape[:2], dtype=torch.bool)
+        if memory_mask.shape != memory.shape[:2]:
+            raise ValueError(
+                f"`encoder_outputs.memory_mask` has shape {tuple(memory_mask.shape)}, but the encoder's output is "
+                f"[batch, length] = {tuple(memory.shape[:2])}."
+            )
+        if attention_mask is not None and attention_mask.size(0) != memory.size(0):
+            raise ValueError(
+                f"`attention_mask` has {attention_mask.size(0)} rows, `encoder_outputs` {memory.size(0)}."
+            )
+        hidden_states, attentions = getattr(output, "hidden_states", None), getattr(output, "attentions", None)
+        return RnnSeq2SeqEncoderOutput(memory, final_state, memory_mask, hidden_states, attentions)
+
+    @staticmethod
+    def _check_cache(cache: Cache | None, memory: torch.Tensor) -> RnnSeq2SeqCache | None:
+        """Our cache, or `None` for an empty foreign one, as generate() or a user may hand in."""
+        if cache is None:
+            return None
+        if type(cache).__name__ != "RnnSeq2SeqCache":
+            if type(cache).__name__ in ("DynamicCache", "EncoderDecoderCache") and cache.get_seq_length() == 0:
+                return None
+            raise ValueError(
+                f"`past_key_values` must be a RnnSeq2SeqCache, got {type(cache).__name__}: a recurrent state has no "
+                "keys and values to quantise, crop or make static."
+            )
+        if cache.batch_size not in (-1, memory.size(0)):
+            raise ValueError(
+                f"`past_key_values` holds {cache.batch_size} rows, the encoder's output {memory.size(0)}."
+            )
+        return cast(RnnSeq2SeqCache, cache)  # by name: it may come from another copy of this code
+
+    @staticmethod
+    def _check_decoder_mask(
+        mask: torch.Tensor | None, embeds: torch.Tensor, cache: RnnSeq2SeqCache | None
+    ) -> torch.Tensor | None:
+        if mask is None:
+            return None
+        batch, length = embeds.shape[:2]
+        past = 0 if cache is None else cache.get_seq_length()
+        if mask.dim() != 2 or mask.size(0) != batch or mask.size(1) not in (length, past + length):
+            raise ValueError(
+                f"`decoder_attention_mask` must have shape [batch, target length] = {(batch, length)}"
+                + (f" or, with the cached tokens, {(batch, past + length)}" if past else "")
+                + f", got {tuple(mask.shape)}."
+            )
+        return mask[:, -length:].to(torch.bool)
+
+
+class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGenerationMixin):
+    """[`RnnSeq2SeqModel`] with a head over the target vocabulary, a loss, and generate()."""
+
+    _tied_weights_keys = {"head.output.weight": "model.decoder.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: RnnSeq2SeqConfig):
+        super().__init__(config)
+        self.model = RnnSeq2SeqModel(config)
+        self.head = HEADS[config.head_type](config, self.model.decoder.wiring.features_size)
+        self.loss_type = "ForMaskedLM"  # cross entropy without a shift: the decoder's input is shifted already
+        self.post_init()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        keys = dict(self._tied_weights_keys) if self.config.tie_word_embeddings else {}
+        if all_submodels:
+            inner = self.model.get_expanded_tied_weights_keys()
+            keys.update({f"model.{key}": f"model.{value}" for key, value in inner.items()})
+        return keys
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head.output
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.head.output = new_embeddings
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """
+        Resizes what `config.vocab_size` counts, as `len(tokenizer)` does: the one vocabulary, or the target's of two
+        (its embeddings and the output layer), and returns its embeddings. `resize_source_token_embeddings` is for the
+        other side.
+        """
+        if self.config.shared_vocabulary:
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        decoder, old_output = self.model.decoder, self.get_output_embeddings()
+        old = decoder.embed_tokens
+        new = self._get_resized_embeddings(old, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        output = self._get_resized_lm_head(old_output, new.num_embeddings, mean_resizing=mean_resizing)
+        new.requires_grad_(old.weight.requires_grad)
+        output.requires_grad_(old_output.weight.requires_grad)
+        decoder.set_input_embeddings(new)
+        self.set_output_embeddings(output)
+        self.config.vocab_size = new.num_embeddings
+        self.tie_weights()
+        return new
+
+    def resize_source_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Resizes the source embeddings and `config.source_vocab_size` of a model with two vocabularies."""
+        if self.config.shared_vocabulary:
+            raise ValueError("This model has one vocabulary for both sides: use `resize_token_embeddings`.")
+        old = self.model.encoder.embed_tokens
+        new = self._get_resized_embeddings(old, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        new.requires_grad_(old.weight.requires_grad)
+        self.set_input_embeddings(new)
+        self.config.source_vocab_size = new.num_embeddings
+        return new
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Used by `DataCollatorForSeq2Seq` and the Trainer's label smoothing. [B, T] -> [B, T]"""
+        return shift_tokens_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: RnnSeq2SeqEncoderOutput | tuple[torch.Tensor, ...] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Seq2SeqLMOutput:
+        """
+        [`RnnSeq2SeqModel.forward`]'s arguments, and
+
+        Args:
+            labels: target ids, [B, T], -100 where no loss is wanted. Without decoder inputs, these are made by
+                shifting them right.
+            num_items_in_batch: number of labels in all of an accumulated batch, by which the loss is then divided.
+
+        Returns:
+            `Seq2SeqLMOutput`; `loss` is the mean cross entropy over the labels, `logits` [B, T, V].
+        """
+        if labels is not None:
+            use_cache = False
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            if labels.shape != logits.shape[:2]:
+                raise ValueError(
+                    f"`labels` must have the decoder input's shape {tuple(logits.shape[:2])}, "
+                    f"got {tuple(labels.shape)}."
+                )
+            loss = self.loss_function(
+                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        return Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+        )
+
+
+__all__ = ["RnnSeq2SeqForConditionalGeneration", "RnnSeq2SeqModel", "RnnSeq2SeqPreTrainedModel"]

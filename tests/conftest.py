@@ -1,0 +1,17 @@
+"""Settings that must stand before anything imports transformers or torch."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in a test may reach for the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warnings about forks
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
