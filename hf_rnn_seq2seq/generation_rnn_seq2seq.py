@@ -3,8 +3,16 @@
 import copy
 from typing import Any
 
+import torch
 from transformers import GenerationMixin, PreTrainedTokenizerBase
-from transformers.generation import GenerationConfig, GenerationMode, StoppingCriteriaList, StopStringCriteria
+from transformers.generation import (
+    GenerateBeamEncoderDecoderOutput,
+    GenerateEncoderDecoderOutput,
+    GenerationConfig,
+    GenerationMode,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 
 class TargetStopStringCriteria(StopStringCriteria):
@@ -65,6 +73,10 @@ class RnnSeq2SeqGenerationMixin(GenerationMixin):
         if cache is not None:
             cache._is_user_defined = True  # as transformers marks it: tokens it has seen are not fed again
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        kwargs.pop("tokenizer", None)  # generate() hands the stop strings' tokenizer on to the model
+        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+
     def _get_stopping_criteria(  # type: ignore[override]  # the same
         self,
         generation_config: GenerationConfig,
@@ -78,3 +90,46 @@ class RnnSeq2SeqGenerationMixin(GenerationMixin):
         criteria = super()._get_stopping_criteria(others, stopping_criteria, tokenizer)  # type: ignore[misc]
         criteria.append(TargetStopStringCriteria(tokenizer, generation_config.stop_strings))
         return criteria
+
+    def generated_attentions(
+        self,
+        outputs: GenerateEncoderDecoderOutput | GenerateBeamEncoderDecoderOutput,
+        layer: int = -1,
+        head: int | None = None,
+    ) -> list[torch.Tensor]:
+        """
+        The attention matrix of every sequence that generate() returned.
+
+        Under beam search the weights come one step after another for whatever hypotheses were alive then; this picks
+        each returned sequence's own, by `beam_indices`.
+
+        Args:
+            outputs: of `generate(..., return_dict_in_generate=True, output_attentions=True)`, with any search.
+            layer: which attending layer.
+            head: which head; the mean over heads by default.
+
+        Returns:
+            One [T, S] tensor a sequence: rows are the T generated tokens, end of sequence included and start token or
+            prompt left out; columns are source positions, padding included (with zeros).
+        """
+        if not outputs.cross_attentions or not outputs.cross_attentions[0]:
+            raise ValueError(
+                "`outputs` has no cross-attentions: call generate() with `return_dict_in_generate=True` and "
+                "`output_attentions=True`, on a model whose `attention_type` is not 'none'."
+            )
+        # Of a prompt only the last token's row made a token of its own. -> [steps, rows, heads, S]
+        steps = torch.stack([step[layer][:, :, -1] for step in outputs.cross_attentions])
+        weights = steps.mean(2) if head is None else steps[:, :, head]  # [steps, rows, S]
+        prompt = outputs.sequences.size(1) - weights.size(0)
+        beam_indices = getattr(outputs, "beam_indices", None)
+        if beam_indices is not None:
+            chosen = [row[row >= 0] for row in beam_indices]
+            return [weights[torch.arange(len(row), device=row.device), row] for row in chosen]
+        eos = self.generation_config.eos_token_id
+        ends = torch.tensor([] if eos is None else eos, device=outputs.sequences.device).view(-1)
+        found = []
+        for index, sequence in enumerate(outputs.sequences[:, prompt:]):
+            at_end = torch.isin(sequence, ends).nonzero()
+            length = int(at_end[0]) + 1 if len(at_end) else len(sequence)
+            found.append(weights[:length, index])
+        return found

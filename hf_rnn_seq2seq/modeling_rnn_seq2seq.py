@@ -1,7 +1,8 @@
 """The `PreTrainedModel` shell around encoder, decoder and head: first weights, embeddings, loss, generation hooks."""
 
+import os
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -48,6 +49,18 @@ class RnnSeq2SeqPreTrainedModel(PreTrainedModel):
         ids = torch.tensor([[2, 1, 2], [1, 2, self.config.pad_token_id or 0]], device=self.device)
         return {"input_ids": ids, "attention_mask": ids != (self.config.pad_token_id or 0), "decoder_input_ids": ids}
 
+    def save_pretrained(  # type: ignore[override]  # its many arguments pass through
+        self, save_directory: str | os.PathLike[str], **kwargs: Any
+    ) -> None:
+        """As everywhere in transformers; where the code travels along, every Auto class finds its part of it."""
+        if self._auto_class is not None:
+            self.config.auto_map = {
+                "AutoConfig": "configuration_rnn_seq2seq.RnnSeq2SeqConfig",
+                "AutoModel": "modeling_rnn_seq2seq.RnnSeq2SeqModel",
+                "AutoModelForSeq2SeqLM": "modeling_rnn_seq2seq.RnnSeq2SeqForConditionalGeneration",
+            }
+        super().save_pretrained(save_directory, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, RecurrentLayer):
@@ -76,6 +89,49 @@ class RnnSeq2SeqPreTrainedModel(PreTrainedModel):
         # A view of a parameter does not carry the mark that it was loaded from a checkpoint.
         if not getattr(parameter, "_is_hf_initialized", False):
             initialise(block)
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """
+        Resizes what `config.vocab_size` counts, as `len(tokenizer)` does: the one vocabulary, or the target's of two
+        (its embeddings and the output layer), and returns its embeddings. `resize_source_token_embeddings` is for the
+        other side.
+        """
+        if self.config.shared_vocabulary:
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        decoder = self.get_decoder()
+        old = decoder.get_input_embeddings()
+        new = self._get_resized_embeddings(old, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        new.requires_grad_(old.weight.requires_grad)
+        decoder.set_input_embeddings(new)
+        old_output = self.get_output_embeddings()
+        if old_output is not None:  # the model without a head has none
+            output = self._get_resized_lm_head(old_output, new.num_embeddings, mean_resizing=mean_resizing)
+            output.requires_grad_(old_output.weight.requires_grad)
+            self.set_output_embeddings(output)
+        self.config.vocab_size = new.num_embeddings
+        self.tie_weights()
+        return new
+
+    def resize_source_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Resizes the source embeddings and `config.source_vocab_size` of a model with two vocabularies."""
+        if self.config.shared_vocabulary:
+            raise ValueError("This model has one vocabulary for both sides: use `resize_token_embeddings`.")
+        old = self.get_encoder().get_input_embeddings()
+        new = self._get_resized_embeddings(old, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        new.requires_grad_(old.weight.requires_grad)
+        self.set_input_embeddings(new)
+        self.config.source_vocab_size = new.num_embeddings
+        return new
 
 
 class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
@@ -266,6 +322,7 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
 class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGenerationMixin):
     """[`RnnSeq2SeqModel`] with a head over the target vocabulary, a loss, and generate()."""
 
+    accepts_loss_kwargs = True  # tells the Trainer to hand in `num_items_in_batch`
     _tied_weights_keys = {"head.output.weight": "model.decoder.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: RnnSeq2SeqConfig):
@@ -287,47 +344,6 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.head.output = new_embeddings
-
-    def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
-    ) -> nn.Embedding:
-        """
-        Resizes what `config.vocab_size` counts, as `len(tokenizer)` does: the one vocabulary, or the target's of two
-        (its embeddings and the output layer), and returns its embeddings. `resize_source_token_embeddings` is for the
-        other side.
-        """
-        if self.config.shared_vocabulary:
-            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        decoder, old_output = self.model.decoder, self.get_output_embeddings()
-        old = decoder.embed_tokens
-        new = self._get_resized_embeddings(old, new_num_tokens, pad_to_multiple_of, mean_resizing)
-        output = self._get_resized_lm_head(old_output, new.num_embeddings, mean_resizing=mean_resizing)
-        new.requires_grad_(old.weight.requires_grad)
-        output.requires_grad_(old_output.weight.requires_grad)
-        decoder.set_input_embeddings(new)
-        self.set_output_embeddings(output)
-        self.config.vocab_size = new.num_embeddings
-        self.tie_weights()
-        return new
-
-    def resize_source_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
-    ) -> nn.Embedding:
-        """Resizes the source embeddings and `config.source_vocab_size` of a model with two vocabularies."""
-        if self.config.shared_vocabulary:
-            raise ValueError("This model has one vocabulary for both sides: use `resize_token_embeddings`.")
-        old = self.model.encoder.embed_tokens
-        new = self._get_resized_embeddings(old, new_num_tokens, pad_to_multiple_of, mean_resizing)
-        new.requires_grad_(old.weight.requires_grad)
-        self.set_input_embeddings(new)
-        self.config.source_vocab_size = new.num_embeddings
-        return new
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Used by `DataCollatorForSeq2Seq` and the Trainer's label smoothing. [B, T] -> [B, T]"""

@@ -1,0 +1,510 @@
+"""Step = sequence, padded = unpadded, batched = single, cached = uncached, checkpointed = plain; refusals; files."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import CONFIGURATIONS, VOCABULARY, name_of, ragged_batch, tiny_config, tiny_model
+from transformers import AutoModel, AutoModelForSeq2SeqLM, DynamicCache, StaticCache
+
+from hf_rnn_seq2seq import RnnSeq2SeqCache, RnnSeq2SeqForConditionalGeneration, RnnSeq2SeqModel
+from hf_rnn_seq2seq.recurrent_layers import CELLS
+
+CLOSE = {"rtol": 0, "atol": 1e-10}
+LENGTHS = [5, 1, 3]
+TARGET = torch.tensor([[1, 4, 5, 6], [1, 7, 8, 3], [1, 9, 9, 4]])
+
+every_configuration = pytest.mark.parametrize("setting", CONFIGURATIONS, ids=name_of)
+
+
+@every_configuration
+@pytest.mark.parametrize("side", ["right", "left", "both"])
+def test_padding_and_batching_change_nothing(setting: dict[str, Any], side: str) -> None:
+    model = tiny_model(**setting)
+    source, mask = ragged_batch(LENGTHS, side)
+    together = model(source, attention_mask=mask, decoder_input_ids=TARGET, output_attentions=True)
+    for row in range(3):
+        ids = source[row][mask[row].bool()].unsqueeze(0)
+        alone = model(ids, decoder_input_ids=TARGET[row : row + 1], output_attentions=True)
+        torch.testing.assert_close(together.logits[row], alone.logits[0], **CLOSE)
+        for weights, expected in zip(together.cross_attentions, alone.cross_attentions, strict=True):
+            torch.testing.assert_close(weights[row][..., mask[row].bool()], expected[0], **CLOSE)
+            assert (weights[row][..., ~mask[row].bool()] == 0).all()
+
+
+@every_configuration
+def test_steps_equal_the_sequence(setting: dict[str, Any]) -> None:
+    model = tiny_model(**setting)
+    source, mask = ragged_batch(LENGTHS)
+    whole = model(source, attention_mask=mask, decoder_input_ids=TARGET, output_hidden_states=True)
+    cache, logits = None, []
+    for part in (TARGET[:, :1], TARGET[:, 1:3], TARGET[:, 3:]):
+        out = model(source, attention_mask=mask, decoder_input_ids=part, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits.append(out.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), whole.logits, **CLOSE)
+    assert cache.get_seq_length() == 4
+    for one, other in zip(cache.state.tensors(), whole.past_key_values.state.tensors(), strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+    sizes = [hidden.shape[-1] for hidden in whole.decoder_hidden_states]
+    assert sizes == [6] + [8] * setting["decoder_layers"]
+    assert len(whole.encoder_hidden_states) == 1 + setting["encoder_layers"]
+
+
+@every_configuration
+def test_left_padded_targets_equal_unpadded(setting: dict[str, Any]) -> None:
+    """Prompts of different lengths in one batch: padding in front leaves the state alone."""
+    model = tiny_model(**setting)
+    source, _ = ragged_batch([4, 4])
+    target = torch.tensor([[1, 4, 5, 6], [0, 0, 1, 7]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    together = model(source, decoder_input_ids=target, decoder_attention_mask=mask).logits
+    torch.testing.assert_close(together[0], model(source[:1], decoder_input_ids=target[:1]).logits[0], **CLOSE)
+    alone = model(source[1:], decoder_input_ids=target[1:, 2:]).logits
+    torch.testing.assert_close(together[1, 2:], alone[0], **CLOSE)
+    # a mask that covers the cached tokens, too, as generate() hands it on
+    first = model(source, decoder_input_ids=target[:, :2], decoder_attention_mask=mask[:, :2], use_cache=True)
+    rest = model(
+        source, decoder_input_ids=target[:, 2:], decoder_attention_mask=mask, past_key_values=first.past_key_values
+    )
+    torch.testing.assert_close(rest.logits, together[:, 2:], **CLOSE)
+
+
+@every_configuration
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(setting: dict[str, Any], reentrant: bool) -> None:
+    model = tiny_model(**setting, recurrent_dropout=0.3, output_dropout=0.3).train()
+    source, mask = ragged_batch(LENGTHS)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        torch.manual_seed(5)
+        loss = model(source, attention_mask=mask, labels=TARGET).loss
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        # a decoder blind to the source leaves the encoder's gradients out, or makes them zero
+        parameter = model.get_parameter(name)
+        one, other = (torch.zeros_like(parameter) if grad is None else grad for grad in (gradient, gradients[1][name]))
+        torch.testing.assert_close(other, one, **CLOSE)
+
+
+@every_configuration
+def test_every_parameter_is_used(setting: dict[str, Any]) -> None:
+    model = tiny_model(**setting).train()
+    source, mask = ragged_batch(LENGTHS)
+    model(source, attention_mask=mask, labels=TARGET).loss.backward()
+    unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    # Decoders that never look at the source have an encoder for nothing; that is the setting's own fault.
+    blind = setting["attention_type"] == "none" and setting["bridge_type"] == "zeros"
+    assert unused == [] or (blind and all(name.startswith("model.encoder") for name in unused))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_loop_equals_fused(cell: str) -> None:
+    """The loop that recurrent dropout and zoneout take, at rates that do nothing, against torch's kernel."""
+    torch.manual_seed(0)
+    layer = CELLS[cell](5, 4).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x, mask = torch.randn(3, 6, 5).double(), torch.tensor([[1] * 6, [0] * 2 + [1] * 3 + [0], [0] * 6]).bool()
+    for m in (mask, None):
+        fused, fused_state = layer(x, None, m)
+        looped, looped_state = layer._forward_by_steps(x, layer.zero_state(x), m)
+        torch.testing.assert_close(looped, fused, **CLOSE)
+        for one, other in zip(looped_state, fused_state, strict=True):
+            torch.testing.assert_close(one, other, **CLOSE)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_pass_padding_by(cell: str) -> None:
+    torch.manual_seed(0)
+    layer = CELLS[cell](5, 4).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(1, 3, 5).double()
+    padded = torch.cat((torch.randn(1, 2, 5).double(), x, torch.randn(1, 1, 5).double()), 1).requires_grad_()
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0]]).bool()
+    gradients = []
+    for inputs, m in ((x, None), (padded, mask)):
+        layer.zero_grad()
+        outputs, state = layer(inputs, None, m)
+        (outputs.pow(2).sum() + sum(value.sin().sum() for value in state)).backward()
+        gradients.append([parameter.grad.clone() for parameter in layer.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+    assert (padded.grad[~mask] == 0).all()
+    assert (padded.grad[mask] != 0).any()
+
+
+def test_variational_dropout_keeps_its_mask() -> None:
+    """One mask for a whole sequence: a unit that is dropped stays dropped (Gal & Ghahramani 2016)."""
+    torch.manual_seed(0)
+    layer = CELLS["rnn_relu"](2, 64, recurrent_dropout=0.5).train()
+    with torch.no_grad():
+        layer.weight_ih.fill_(1)
+        layer.weight_hh.copy_(torch.eye(64))
+        layer.bias_ih.zero_()
+        layer.bias_hh.zero_()
+    # Each unit adds 2 a step to what the mask lets through of itself: 0 if dropped, doubled if kept.
+    outputs, _ = layer(torch.ones(1, 4, 2))
+    kept = outputs[0, 1] > 2.5
+    assert 10 < kept.sum() < 54
+    assert torch.equal(outputs[0, 3] > 2.5, kept)
+    assert (outputs[0, 3][~kept] == 2).all()
+
+
+def test_a_source_of_padding_alone_is_finite() -> None:
+    for setting in CONFIGURATIONS[:12]:
+        model = tiny_model(**setting)
+        source, mask = ragged_batch([3, 2])
+        mask[1] = 0
+        out = model(source, attention_mask=mask, labels=TARGET[:2], output_attentions=True)
+        assert torch.isfinite(out.logits).all()
+        assert torch.isfinite(out.loss)
+        assert all((weights[1] == 0).all() for weights in out.cross_attentions)
+        generated = model.generate(source, attention_mask=mask, max_new_tokens=3)
+        alone = model.generate(source[:1], attention_mask=mask[:1], max_new_tokens=3)
+        assert generated[0].tolist()[: alone.size(1)] == alone[0].tolist()
+
+
+@pytest.mark.parametrize("wiring", ["output_only", "input_feeding"])
+def test_long_sources_and_targets(wiring: str) -> None:
+    model = tiny_model(wiring_type=wiring).float()
+    source = torch.randint(3, 13, (1, 5000))
+    target = torch.randint(3, 13, (1, 5000))
+    with torch.no_grad():
+        logits = model(source, decoder_input_ids=target[:, : 5000 if wiring == "output_only" else 50]).logits
+        assert torch.isfinite(logits).all()
+        assert torch.isfinite(model(source[:, :3], decoder_input_ids=target).logits).all()
+
+
+@given(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4), side=st.sampled_from(["right", "left", "both"]))
+@settings(max_examples=25, deadline=None)
+def test_padding_changes_nothing_for_any_lengths(lengths: list[int], side: str) -> None:
+    model = tiny_model(encoder_layers=2, bridge_type="last")
+    source, mask = ragged_batch(lengths, side)
+    together = model(source, attention_mask=mask, decoder_input_ids=source).logits
+    for row in range(len(lengths)):
+        ids = source[row][mask[row].bool()].unsqueeze(0)
+        alone = model(ids, decoder_input_ids=source[row : row + 1]).logits
+        torch.testing.assert_close(together[row], alone[0], **CLOSE)
+
+
+# Arguments
+
+
+def test_embeddings_and_encoder_outputs_stand_for_ids() -> None:
+    for setting in ({}, {"source_vocab_size": 11, "decoder_embedding_size": 7, "cell_type": "gru"}):
+        model = tiny_model(**setting)
+        source, mask = ragged_batch(LENGTHS)
+        expected = model(source, attention_mask=mask, decoder_input_ids=TARGET).logits
+        embedded = model.get_input_embeddings()(source)
+        target = model.get_decoder().get_input_embeddings()(TARGET)
+        same = model(inputs_embeds=embedded, attention_mask=mask, decoder_inputs_embeds=target).logits
+        assert torch.equal(same, expected)
+        encoded = model.get_encoder()(source, attention_mask=mask)
+        for outputs in (encoded, encoded.to_tuple(), model.get_encoder()(source, mask, return_dict=False)):
+            same = model(encoder_outputs=outputs, attention_mask=mask, decoder_input_ids=TARGET).logits
+            assert torch.equal(same, expected)
+        assert torch.equal(model(encoder_outputs=encoded, decoder_input_ids=TARGET).logits, expected)
+
+
+def test_tuple_output_has_the_same_values() -> None:
+    model = tiny_model()
+    source, _ = ragged_batch([4])
+    named = model(source, labels=source, output_attentions=True, output_hidden_states=True)
+    plain = model(source, labels=source, output_attentions=True, output_hidden_states=True, return_dict=False)
+    assert isinstance(plain, tuple)
+    assert torch.equal(plain[0], named.loss)
+    assert torch.equal(plain[1], named.logits)
+    assert len(plain) == len(named.to_tuple())
+
+
+def test_configuration_can_ask_for_attentions() -> None:
+    model = tiny_model()
+    model.config.output_attentions = True
+    model.config.output_hidden_states = True
+    source, _ = ragged_batch([4])
+    out = model(source, decoder_input_ids=source)
+    assert out.cross_attentions[0].shape == (1, 1, 4, 4)
+    assert len(out.encoder_hidden_states) == len(out.decoder_hidden_states) == 2
+
+
+def test_loss_is_cross_entropy_over_labels() -> None:
+    model = tiny_model()
+    source, mask = ragged_batch(LENGTHS)
+    labels = TARGET.masked_fill(torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]]).bool(), -100)
+    out = model(source, attention_mask=mask, labels=labels)
+    log_probabilities = torch.log_softmax(out.logits.float(), -1)
+    kept = labels != -100
+    expected = -log_probabilities[kept].gather(1, labels[kept].unsqueeze(1)).double()
+    torch.testing.assert_close(out.loss.double(), expected.mean(), rtol=0, atol=1e-6)
+    accumulated = model(source, attention_mask=mask, labels=labels, num_items_in_batch=20).loss
+    torch.testing.assert_close(accumulated.double(), expected.sum() / 20, rtol=0, atol=1e-6)
+    shifted = model.prepare_decoder_input_ids_from_labels(labels)
+    assert shifted.tolist() == [[1, 1, 4, 5], [1, 1, 7, 0], [1, 1, 9, 9]]
+    assert torch.equal(model(source, attention_mask=mask, decoder_input_ids=shifted).logits, out.logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, ["input_ids", "inputs_embeds"]),
+        ({"input_ids": torch.ones(2, 3).long()}, ["decoder_input_ids", "labels"]),
+        (
+            {"input_ids": torch.ones(2, 3).long(), "decoder_input_ids": torch.ones(3, 2).long()},
+            ["decoder_input_ids", "3", "2"],
+        ),
+        ({"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(1, 2).long()}, ["labels", "1", "2"]),
+        (
+            {"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.ones(2, 4)},
+            ["attention_mask", "(2, 3)", "(2, 4)"],
+        ),
+        (
+            {"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.ones(1, 3)},
+            ["attention_mask", "(2, 3)", "(1, 3)"],
+        ),
+        (
+            {
+                "input_ids": torch.ones(2, 3).long(),
+                "decoder_input_ids": torch.ones(2, 2).long(),
+                "decoder_attention_mask": torch.ones(2, 5),
+            },
+            ["decoder_attention_mask", "(2, 2)", "(2, 5)"],
+        ),
+        (
+            {
+                "input_ids": torch.ones(2, 3).long(),
+                "decoder_input_ids": torch.ones(2, 2).long(),
+                "labels": torch.ones(2, 3).long(),
+            },
+            ["labels", "(2, 2)", "(2, 3)"],
+        ),
+        (
+            {"encoder_outputs": (torch.ones(2, 3, 8).double(),), "labels": torch.ones(2, 2).long()},
+            ["encoder_outputs", "final_state"],
+        ),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(arguments: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011  several words are looked for below
+        tiny_model()(**arguments)
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_cache_of_another_batch_is_refused() -> None:
+    model = tiny_model()
+    source, _ = ragged_batch([3, 3])
+    cache = model(source[:1], decoder_input_ids=source[:1]).past_key_values
+    with pytest.raises(ValueError, match=r"`past_key_values` holds 1 rows.* 2"):
+        model(source, decoder_input_ids=source, past_key_values=cache)
+
+
+def test_foreign_caches() -> None:
+    model = tiny_model()
+    source, _ = ragged_batch([3])
+    expected = model(source, decoder_input_ids=source)
+    out = model(source, decoder_input_ids=source, past_key_values=DynamicCache())  # empty: replaced by ours
+    assert torch.equal(out.logits, expected.logits)
+    assert isinstance(out.past_key_values, RnnSeq2SeqCache)
+    full = DynamicCache()
+    full.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), 0)
+    with pytest.raises(ValueError, match="RnnSeq2SeqCache, got DynamicCache"):
+        model(source, decoder_input_ids=source, past_key_values=full)
+    static = StaticCache(config=model.config, max_cache_len=4)
+    with pytest.raises(ValueError, match="RnnSeq2SeqCache, got StaticCache"):
+        model(source, decoder_input_ids=source, past_key_values=static)
+
+
+# The cache as a value
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wiring", ["output_only", "input_feeding", "bahdanau"])
+def test_cache_moves_as_a_whole(wiring: str) -> None:
+    model = tiny_model(wiring_type=wiring, decoder_layers=2)
+    source, mask = ragged_batch(LENGTHS)
+    encoded = model.get_encoder()(source, mask)
+    start = model(encoder_outputs=encoded, decoder_input_ids=TARGET[:, :2]).past_key_values
+
+    def after(rows: list[int], cache: RnnSeq2SeqCache) -> torch.Tensor:
+        chosen = tuple(tensor[rows] for tensor in encoded.to_tuple())
+        return model(encoder_outputs=chosen, decoder_input_ids=TARGET[rows][:, 2:], past_key_values=cache).logits
+
+    plain = after([0, 1, 2], copy.deepcopy(start))
+    for rows, change in (
+        ([2, 0, 0], lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0]))),
+        ([2, 1], lambda cache: cache.batch_select_indices(torch.tensor([2, 1]))),
+        ([0, 0, 1, 1, 2, 2], lambda cache: cache.batch_repeat_interleave(2)),
+        ([0, 1, 2], lambda cache: cache.offload(0)),
+    ):
+        cache = copy.deepcopy(start)
+        change(cache)
+        assert cache.batch_size == len(rows)
+        torch.testing.assert_close(after(rows, cache), plain[rows], **CLOSE)
+    start.reset()
+    assert start.get_seq_length() == 0
+    assert start.batch_size == -1
+    assert not start.is_initialized
+    first = model(encoder_outputs=encoded, decoder_input_ids=TARGET[:, :2], past_key_values=start).logits
+    torch.testing.assert_close(first, model(encoder_outputs=encoded, decoder_input_ids=TARGET[:, :2]).logits, **CLOSE)
+
+
+def test_cache_says_what_it_cannot_do() -> None:
+    model = tiny_model()
+    source, _ = ragged_batch([3])
+    cache = model(source, decoder_input_ids=source).past_key_values
+    cache.crop(0)
+    with pytest.raises(NotImplementedError, match="rolled back"):
+        cache.crop(-1)
+    with pytest.raises(NotImplementedError, match="keys and values"):
+        cache.update(torch.ones(1), torch.ones(1), 0)
+
+
+def test_keys_are_projected_once_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(attention_type="additive")
+    attention, calls = model.model.decoder.wiring.attention, []
+    make_keys = attention.make_keys
+    monkeypatch.setattr(attention, "make_keys", lambda memory: calls.append(1) or make_keys(memory))
+    source, _ = ragged_batch([3])
+    model.generate(source, max_new_tokens=6, min_new_tokens=6, num_beams=2)
+    assert len(calls) == 1
+
+
+# Embeddings
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("cls", ["head", "no head"])
+def test_resizing_one_vocabulary(tied: bool, cls: str) -> None:
+    model = tiny_model(tie_word_embeddings=tied)
+    model = model if cls == "head" else model.model
+    old = model.get_input_embeddings().weight.clone()
+    returned = model.resize_token_embeddings(VOCABULARY + 4, mean_resizing=False)
+    assert returned is model.get_input_embeddings()
+    assert model.config.vocab_size == VOCABULARY + 4
+    assert torch.equal(model.get_input_embeddings().weight[:VOCABULARY], old)
+    assert model.get_decoder().get_input_embeddings().weight is model.get_input_embeddings().weight
+    ids = torch.tensor([[VOCABULARY + 3, 4]])
+    out = model(ids, decoder_input_ids=ids)
+    if cls == "head":
+        assert out.logits.shape[-1] == VOCABULARY + 4
+        assert (model.get_output_embeddings().weight is returned.weight) == tied
+    with pytest.raises(ValueError, match="one vocabulary"):
+        model.resize_source_token_embeddings(20)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_resizing_two_vocabularies(tied: bool, tmp_path: Any) -> None:
+    model = tiny_model(source_vocab_size=11, tie_word_embeddings=tied)
+    target = model.resize_token_embeddings(VOCABULARY + 2, mean_resizing=False)
+    source = model.resize_source_token_embeddings(14, mean_resizing=False)
+    assert (model.config.vocab_size, model.config.source_vocab_size) == (VOCABULARY + 2, 14)
+    assert (target.num_embeddings, source.num_embeddings) == (VOCABULARY + 2, 14)
+    assert model.get_input_embeddings() is source
+    assert model.get_decoder().get_input_embeddings() is target
+    assert (model.get_output_embeddings().weight is target.weight) == tied
+    out = model(torch.tensor([[13]]), decoder_input_ids=torch.tensor([[VOCABULARY + 1]]))
+    assert out.logits.shape[-1] == VOCABULARY + 2
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    again_out = again(torch.tensor([[13]]), decoder_input_ids=torch.tensor([[VOCABULARY + 1]]))
+    torch.testing.assert_close(again_out.logits, out.logits, **CLOSE)
+
+
+def test_setting_embeddings() -> None:
+    model = tiny_model()
+    new = torch.nn.Embedding(VOCABULARY, 6).double()
+    model.set_input_embeddings(new)
+    assert model.get_input_embeddings() is new
+    assert model.get_decoder().get_input_embeddings() is new
+    output = torch.nn.Linear(8, VOCABULARY).double()
+    model.set_output_embeddings(output)
+    assert model.get_output_embeddings() is output
+    two = tiny_model(source_vocab_size=VOCABULARY)
+    two.set_input_embeddings(new)
+    assert two.get_decoder().get_input_embeddings() is not new
+
+
+# Files and types
+
+
+@every_configuration
+def test_saved_and_loaded(setting: dict[str, Any], tmp_path: Any) -> None:
+    model = tiny_model(**setting)
+    source, mask = ragged_batch(LENGTHS)
+    expected = model(source, attention_mask=mask, decoder_input_ids=TARGET)
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is RnnSeq2SeqForConditionalGeneration
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(loaded(source, attention_mask=mask, decoder_input_ids=TARGET).logits, expected.logits)
+    assert (loaded.get_output_embeddings().weight is loaded.get_decoder().embed_tokens.weight) == setting[
+        "tie_word_embeddings"
+    ]
+    body = AutoModel.from_pretrained(tmp_path)
+    assert type(body) is RnnSeq2SeqModel
+    features = body(source, attention_mask=mask, decoder_input_ids=TARGET).last_hidden_state
+    assert torch.equal(features, model.model(source, mask, TARGET).last_hidden_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("setting", CONFIGURATIONS[:8], ids=name_of)
+def test_half_precision(setting: dict[str, Any], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = RnnSeq2SeqForConditionalGeneration(tiny_config(**setting)).eval()
+    source, mask = ragged_batch(LENGTHS)
+    expected = model(source, attention_mask=mask, labels=TARGET)
+    with torch.autocast("cpu", dtype):
+        cast = model(source, attention_mask=mask, labels=TARGET)
+    cast.loss.backward()
+    torch.testing.assert_close(cast.loss, expected.loss, rtol=0.02, atol=0.02)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    half = model.to(dtype)(source, attention_mask=mask, labels=TARGET)
+    assert half.logits.dtype == dtype
+    torch.testing.assert_close(half.loss, expected.loss, rtol=0.02, atol=0.02)
+    half_ids = model.generate(source, attention_mask=mask, max_new_tokens=4, num_beams=2)
+    assert half_ids.shape[0] == 3
+
+
+def test_device_map_auto(tmp_path: Any) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, device_map="auto")
+    source, _ = ragged_batch([3])
+    source = source.to(loaded.device)
+    expected = model.generate(source.cpu(), max_new_tokens=5)
+    assert torch.equal(loaded.generate(source, max_new_tokens=5).cpu(), expected)
+
+
+def test_forward_and_step_compile_without_a_break() -> None:
+    model = tiny_model().float()
+    source, mask = ragged_batch([4, 2])
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    expected = model(source, attention_mask=mask, labels=TARGET[:2])
+    assert torch.allclose(compiled(source, attention_mask=mask, labels=TARGET[:2]).logits, expected.logits, atol=1e-5)
+
+
+def test_initial_weights() -> None:
+    torch.manual_seed(0)
+    model = RnnSeq2SeqForConditionalGeneration(
+        tiny_config(vocab_size=500, hidden_size=64, embedding_size=64, attention_type="normed_additive")
+    )
+    assert model.get_input_embeddings().weight[1:].std().item() == pytest.approx(0.1, rel=0.05)
+    assert (model.get_input_embeddings().weight[0] == 0).all()
+    layer = model.model.decoder.wiring.stack.layers[0]
+    for gate in layer.weight_hh.chunk(4):
+        torch.testing.assert_close(gate @ gate.T, torch.eye(64), rtol=0, atol=1e-5)
+    assert layer.bias_ih.view(4, 64).tolist() == [[0.0] * 64, [1.0] * 64, [0.0] * 64, [0.0] * 64]
+    assert (layer.bias_hh == 0).all()
+    attention = model.model.decoder.wiring.attention
+    assert attention.scale.item() == pytest.approx(64**-0.5)
+    assert (attention.bias == 0).all()
