@@ -3,12 +3,11 @@
 Shapes: B batch, S source, E embedding, M memory width, L encoder layers, N states a cell (an LSTM has two).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
@@ -38,7 +37,7 @@ class RnnSeq2SeqEncoderOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(GradientCheckpointingLayer):
     """One recurrent layer of the encoder, in one direction or both (Schuster & Paliwal 1997)."""
 
     def __init__(self, config: RnnSeq2SeqConfig, input_size: int):
@@ -67,15 +66,12 @@ class EncoderLayer(nn.Module):
 class RnnEncoder(nn.Module):
     """Stacked recurrent layers, with dropout between them and optionally residual connections from the second on."""
 
-    _gradient_checkpointing_func: Callable[..., Any]  # set by transformers
-
     def __init__(self, config: RnnSeq2SeqConfig):
         super().__init__()
         widths = [config.embedding_size] + [config.memory_size] * (config.encoder_layers - 1)
         self.layers = nn.ModuleList([EncoderLayer(config, width) for width in widths])
         self.dropout = nn.Dropout(config.dropout)
         self.residual = config.encoder_residual
-        self.gradient_checkpointing = False
 
     def forward(
         self, x: torch.Tensor, mask: torch.Tensor | None
@@ -84,10 +80,7 @@ class RnnEncoder(nn.Module):
         finals, outputs = [], []
         for index, layer in enumerate(self.layers):
             source = x if index == 0 else self.dropout(x)
-            if self.gradient_checkpointing and self.training:
-                output, final = self._gradient_checkpointing_func(layer.__call__, source, mask)
-            else:
-                output, final = layer(source, mask)
+            output, final = layer(source, mask)
             x = output + x if self.residual and index > 0 else output
             outputs.append(x)
             finals.append(final)

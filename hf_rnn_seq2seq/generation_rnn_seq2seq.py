@@ -1,10 +1,10 @@
 """What generate() must know about a recurrent decoder and about two vocabularies."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import GenerationMixin, PreTrainedTokenizerBase
+from transformers import Cache, GenerationMixin, PreTrainedTokenizerBase
 from transformers.generation import (
     GenerateBeamEncoderDecoderOutput,
     GenerateEncoderDecoderOutput,
@@ -47,6 +47,8 @@ class TargetStopStringCriteria(StopStringCriteria):
 class RnnSeq2SeqGenerationMixin(GenerationMixin):
     """transformers' generate(), with its hooks set for a recurrent state."""
 
+    _is_stateful = True  # a state can't take tokens back: generate() refuses assisted and prompt-lookup decoding
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # forward makes the cache
@@ -64,20 +66,29 @@ class RnnSeq2SeqGenerationMixin(GenerationMixin):
                 f"`cache_implementation`={generation_config.cache_implementation!r} is for keys and values; a "
                 "recurrent decoder has a state of constant size: leave it out."
             )
-        if generation_mode == GenerationMode.ASSISTED_GENERATION:
-            raise ValueError(
-                "Assisted and prompt-lookup decoding take back tokens they guessed wrong; a recurrent state can't be "
-                "rolled back. Use greedy or beam search."
-            )
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
-            cache._is_user_defined = True  # as transformers marks it: tokens it has seen are not fed again
+            cache._is_user_defined = True  # as transformers marks it
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(  # type: ignore[override]  # the same
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         kwargs.pop("tokenizer", None)  # generate() hands the stop strings' tokenizer on to the model
-        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        if next_sequence_length is None and past_key_values is not None:
+            # Continuing from a cache, generate() leaves out the tokens that it holds only where a mask is given.
+            next_sequence_length = max(input_ids.size(1) - past_key_values.get_seq_length(), 1)
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            cast(torch.LongTensor, input_ids),
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
 
-    def _get_stopping_criteria(  # type: ignore[override]  # the same
+    def _get_stopping_criteria(
         self,
         generation_config: GenerationConfig,
         stopping_criteria: StoppingCriteriaList | None,

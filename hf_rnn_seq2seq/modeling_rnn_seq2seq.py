@@ -137,19 +137,19 @@ class RnnSeq2SeqPreTrainedModel(PreTrainedModel):
 class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
     """Encoder, bridge and decoder, up to the features that a head would read."""
 
-    _tied_weights_keys = {"encoder.embed_tokens.weight": "decoder.embed_tokens.weight"}  # noqa: RUF012
-
     def __init__(self, config: RnnSeq2SeqConfig):
         super().__init__(config)
         self.encoder = RnnSeq2SeqEncoder(config)
         self.bridge = BRIDGES[config.bridge_type](config)
         self.decoder = RnnSeq2SeqDecoder(config)
+        shared = {"encoder.embed_tokens.weight": "decoder.embed_tokens.weight"}
+        self._tied_weights_keys = shared if config.shared_vocabulary else {}
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         # transformers ties everything or nothing by `tie_word_embeddings`; here that is about the output layer, and
         # one vocabulary has one embedding table in any case.
-        return dict(self._tied_weights_keys) if self.config.shared_vocabulary else {}
+        return dict(self._tied_weights_keys)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The source side's; with one vocabulary, also the target's (`get_decoder().get_input_embeddings()`)."""

@@ -35,8 +35,8 @@ def compute_metrics_for(
 ) -> dict[str, float | str]:
     """Figures of several metrics over the same texts, in percent, in one dict.
 
-    Strings among the values (`bleu_signature`, `chrf_signature`) belong into the results file. Hand only the numbers to
-    `Trainer.log` or back from `compute_metrics`, since trackers such as TensorBoard refuse anything else:
+    Strings among the values (`bleu_signature`, `chrf_signature`) belong into the results file. Hand only the numbers
+    to `Trainer.log` or back from `compute_metrics`, since trackers such as TensorBoard drop or refuse anything else:
     `{name: value for name, value in results.items() if isinstance(value, float)}`.
 
     Args:

@@ -17,7 +17,7 @@ class Cer(TextMetric):
     Options: `lowercase=False`; `remove_punctuation=False` (every character of a Unicode category P).
 
     Reference: A. C. Morris, V. Maier, P. Green (2004): From WER and RIL to MER and WIL: improved evaluation measures
-        for connected speech recognition, equation 1, over characters.
+        for connected speech recognition.
     """
 
     def _compute(

@@ -17,7 +17,7 @@ class SequenceErrorRate(TextMetric):
     `"characters"` compares the strings as they are.
 
     Reference: K. Gorman, L. F. E. Ashby, A. Goyzueta, A. D. McCarthy, S. Wu, D. You (2020): The SIGMORPHON 2020 Shared
-        Task on Multilingual Grapheme-to-Phoneme Conversion, section 4.1.
+        Task on Multilingual Grapheme-to-Phoneme Conversion (there "WER").
     """
 
     def _compute(

@@ -18,8 +18,7 @@ class SymbolErrorRate(TextMetric):
     (white space included; nothing is normalised).
 
     Reference: V. I. Levenshtein (1966): Binary codes capable of correcting deletions, insertions, and reversals; as
-        PER in K. Gorman et al. (2020): The SIGMORPHON 2020 Shared Task on Multilingual Grapheme-to-Phoneme Conversion,
-        section 4.1.
+        PER in K. Gorman et al. (2020): The SIGMORPHON 2020 Shared Task on Multilingual Grapheme-to-Phoneme Conversion.
     """
 
     def _compute(
