@@ -47,8 +47,6 @@ class TargetStopStringCriteria(StopStringCriteria):
 class RnnSeq2SeqGenerationMixin(GenerationMixin):
     """transformers' generate(), with its hooks set for a recurrent state."""
 
-    _is_stateful = True  # a state can't take tokens back: generate() refuses assisted and prompt-lookup decoding
-
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # forward makes the cache

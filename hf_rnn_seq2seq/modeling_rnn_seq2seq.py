@@ -40,6 +40,7 @@ class RnnSeq2SeqPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    _is_stateful = True  # a state can't take tokens back: generate() refuses assisted and prompt-lookup decoding
     # A decoder step reads weights of many modules without calling them, so a device holds a side as a whole.
     _no_split_modules = ["RnnSeq2SeqEncoder", "RnnSeq2SeqDecoder"]  # noqa: RUF012  transformers' class attribute
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012

@@ -1,0 +1,239 @@
+import copy
+import math
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import DataCollatorForSeq2Seq
+
+from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration
+from hf_rnn_seq2seq.tokenizer_training import TokenizerArguments, build_tokenizer
+from hf_rnn_seq2seq.trainer import (
+    LengthGroupedSampler,
+    RnnSeq2SeqTrainer,
+    RnnSeq2SeqTrainingArguments,
+    checkpoint_fault,
+    last_complete_checkpoint,
+)
+
+SOURCES = ["abc", "ca", "b", "bcab", "aa", "cc", "abcabc"]
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """A trainer of a tiny model on `abc` → `A B C`."""
+
+    def make(**arguments) -> RnnSeq2SeqTrainer:
+        targets = [" ".join(source.upper()) for source in SOURCES]
+        kinds = TokenizerArguments(source_tokenizer_kind="char", target_tokenizer_kind="symbols")
+        tokenizer = build_tokenizer(SOURCES, targets, kinds)
+        rows = datasets.Dataset.from_dict(
+            {
+                "input_ids": tokenizer(SOURCES)["input_ids"],
+                "labels": tokenizer(text_target=targets)["input_ids"],
+                "length": [2 * len(source) for source in SOURCES],
+            }
+        )
+        torch.manual_seed(0)
+        config = RnnSeq2SeqConfig(
+            vocab_size=tokenizer.target_vocab_size,
+            source_vocab_size=tokenizer.source_vocab_size,
+            embedding_size=8,
+            hidden_size=8,
+        )
+        model = RnnSeq2SeqForConditionalGeneration(config)
+        args = RnnSeq2SeqTrainingArguments(
+            **{
+                "output_dir": str(tmp_path / "out"),
+                "per_device_train_batch_size": 2,
+                "per_device_eval_batch_size": 3,
+                "use_cpu": True,
+                "disable_tqdm": True,
+                "generation_max_length": 8,
+                **arguments,
+            }
+        )
+        return RnnSeq2SeqTrainer(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=rows,
+            processing_class=tokenizer,
+            data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        )
+
+    return make
+
+
+def test_evaluation_leaves_the_generation_config_alone(make_trainer):
+    trainer = make_trainer()
+    before = copy.deepcopy(trainer.model.generation_config.to_dict())
+    generation_config = trainer.model.generation_config
+    trainer.evaluate()
+    trainer.predict(trainer.eval_dataset)
+    assert trainer.model.generation_config is generation_config
+    assert generation_config.to_dict() == before
+
+
+@pytest.mark.parametrize("predict_with_generate", [True, False])
+def test_evaluation_loss_is_a_mean_over_tokens(make_trainer, predict_with_generate):
+    trainer = make_trainer(predict_with_generate=predict_with_generate)
+    metrics = trainer.evaluate()
+    losses = []
+    for row in trainer.eval_dataset:  # one row at a time: no padding, no batches
+        labels = torch.tensor([row["labels"]])
+        with torch.no_grad():
+            logits = trainer.model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).logits
+        losses += torch.nn.functional.cross_entropy(logits[0].double(), labels[0], reduction="none").tolist()
+    assert metrics["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
+
+
+def test_smoothed_loss_gives_no_perplexity(make_trainer):
+    trainer = make_trainer(label_smoothing_factor=0.1, max_steps=1)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert "eval_loss" in metrics
+    assert "eval_perplexity" not in metrics
+
+
+def test_predictions_keep_the_order_and_number_of_rows(make_trainer):
+    trainer = make_trainer()
+    with torch.no_grad():  # an untrained model would predict the same for every source
+        for parameter in trainer.model.parameters():
+            parameter.mul_(6)
+    together = trainer.processing_class.batch_decode(
+        np.maximum(trainer.predict(trainer.eval_dataset).predictions, 0), skip_special_tokens=True
+    )
+    assert len(together) == len(SOURCES)
+    assert len(set(together)) > len(SOURCES) / 2
+    for source, prediction in zip(SOURCES, together, strict=True):
+        alone = trainer.model.generate(**trainer.processing_class([source], return_tensors="pt"), max_length=8)
+        assert trainer.processing_class.decode(alone[0], skip_special_tokens=True) == prediction
+
+
+def test_default_arguments(tmp_path):
+    args = RnnSeq2SeqTrainingArguments(output_dir=str(tmp_path), seed=7)
+    assert args.data_seed == 7
+    assert args.predict_with_generate
+    assert args.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [("loss", False), ("symbol_error_rate", False), ("eval_wer", False), ("perplexity", False), ("bleu", True)],
+)
+def test_which_way_a_metric_is_better(tmp_path, metric, greater):
+    args = RnnSeq2SeqTrainingArguments(output_dir=str(tmp_path), metric_for_best_model=metric)
+    assert args.greater_is_better is greater
+
+
+def test_length_grouped_sampler():
+    lengths = torch.randint(1, 100, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler = LengthGroupedSampler(lengths, batch_size=10, seed=1)
+    order = list(sampler)
+    assert sorted(order) == list(range(1003))
+    assert order == list(LengthGroupedSampler(lengths, batch_size=10, seed=1))
+    sampler.set_epoch(1)
+    assert order != list(sampler)
+    batches = [[lengths[index] for index in order[start : start + 10]] for start in range(0, 1003, 10)]
+    assert len(batches[-1]) == 3
+    spreads = [max(batch) - min(batch) for batch in batches[:-1]]
+    assert np.mean(spreads) < 10  # in random order it is above 80
+    tops = [max(batch) for batch in batches]
+    assert tops != sorted(tops, reverse=True)
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "random"])
+def test_resuming_equals_not_stopping(make_trainer, tmp_path, strategy):
+    """Bit for bit, in the middle of the second epoch, with dropout."""
+    common = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 3, "train_sampling_strategy": strategy}
+    whole = make_trainer(**common)
+    whole.train()
+    checkpoint = tmp_path / "out" / "checkpoint-6"  # 4 steps an epoch
+    resumed = make_trainer(**common)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 12
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter, resumed.model.get_parameter(name)), name
+
+
+def test_broken_checkpoints_are_passed_over(make_trainer, tmp_path):
+    out = tmp_path / "out"
+    assert last_complete_checkpoint(out) is None
+    trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert last_complete_checkpoint(out) == out / "checkpoint-4"
+    (out / "checkpoint-4" / "trainer_state.json").write_text("{")
+    assert "trainer_state.json" in checkpoint_fault(out / "checkpoint-4")
+    (out / "checkpoint-3" / "optimizer.pt").unlink()
+    assert "optimizer.pt" in checkpoint_fault(out / "checkpoint-3")
+    weights = out / "checkpoint-2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "model.safetensors" in checkpoint_fault(out / "checkpoint-2")
+    assert last_complete_checkpoint(out) == out / "checkpoint-1"
+
+
+def test_model_card(make_trainer, tmp_path):
+    from huggingface_hub import ModelCard
+
+    trainer = make_trainer(max_steps=2)
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.create_model_card(dataset="letters", tasks="translation", language=["en"], model_name="shouting")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert {"hf_rnn_seq2seq", "rnn_seq2seq"} <= set(card.data.tags)
+    assert card.data.pipeline_tag == "translation"
+    figures = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert figures["loss"] == pytest.approx(loss, abs=1e-4)
+    assert card.data.eval_results[0].dataset_name == "letters"
+    assert "fine-tuned" not in card.text
+    assert "trained from random weights on letters" in card.text
+    assert "| hidden_size | 8 |" in card.text
+    assert "runtime" not in card.text
+
+
+def test_two_processes_predict_each_row_once(make_trainer, tmp_path):
+    """The rows that fill up the last batch are not among the predictions."""
+    import subprocess
+    import sys
+    import textwrap
+
+    script = tmp_path / "two.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            import datasets, torch
+            from transformers import DataCollatorForSeq2Seq
+            from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration
+            from hf_rnn_seq2seq.tokenizer_training import TokenizerArguments, build_tokenizer
+            from hf_rnn_seq2seq.trainer import RnnSeq2SeqTrainer, RnnSeq2SeqTrainingArguments
+
+            texts = ["a" * (i % 5 + 1) for i in range(7)]
+            tokenizer = build_tokenizer(texts, texts, TokenizerArguments(source_tokenizer_kind="char"))
+            ids = tokenizer(texts)["input_ids"]
+            rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
+            torch.manual_seed(0)
+            model = RnnSeq2SeqForConditionalGeneration(
+                RnnSeq2SeqConfig(vocab_size=9, source_vocab_size=9, embedding_size=4, hidden_size=4)
+            )
+            args = RnnSeq2SeqTrainingArguments(
+                output_dir=sys.argv[1], per_device_eval_batch_size=2, use_cpu=True, disable_tqdm=True,
+                generation_max_length=6, report_to="none",
+            )
+            assert args.world_size == 2, args.world_size
+            trainer = RnnSeq2SeqTrainer(
+                model=model, args=args, processing_class=tokenizer, data_collator=DataCollatorForSeq2Seq(tokenizer)
+            )
+            output = trainer.predict(rows)
+            assert output.predictions.shape[0] == output.label_ids.shape[0] == 7, output.predictions.shape
+            assert [(row > 0).sum() for row in output.label_ids] == [len(row) for row in ids]
+            """
+        )
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"]
+    done = subprocess.run([*command, str(script), str(tmp_path / "o")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
