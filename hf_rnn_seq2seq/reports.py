@@ -38,7 +38,7 @@ def plot_attentions(
 ) -> None:
     """Heat maps for the given rows: the attention while the model reads its own prediction.
 
-    Shown is the last attending layer, as a mean over its heads.
+    Shown is the last attending layer, as a mean over its heads; a model without attention gets no plots.
 
     Args:
         folder: gets `attention_000.png` and so on.
@@ -59,6 +59,8 @@ def plot_attentions(
                 decoder_input_ids=torch.tensor([ids[:end]], device=model.device),
                 output_attentions=True,
             )
+        if not output.cross_attentions:
+            return  # a model without attention
         maps.append(output.cross_attentions[-1][0].mean(dim=0).float().cpu())  # [T, S], mean over heads
         sources.append(source_side.convert_ids_to_tokens(row["input_ids"]))
         targets.append(target_side.convert_ids_to_tokens(ids[1 : end + 1]))

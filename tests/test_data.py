@@ -191,6 +191,18 @@ def test_test_data_without_targets(tmp_path):
         test = load_data(DataArguments(test_file=write(tmp_path / name, content)))["test"]
         assert test.column_names == ["source"]
         assert list(test["source"]) == ["ab", "c"]
+    one_column = write(tmp_path / "one.tsv", "ab\nc\n")
+    assert load_data(DataArguments(test_file=one_column, target_column="1"))["test"].column_names == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column"),
+    [("a.tsv", "word\tphones\na\tA\n", "phone"), ("a.tsv", "a\tA\n", "2"), ("a.jsonl", '{"word":"a","x":"A"}\n', "y")],
+)
+def test_a_misspelt_target_of_test_data_is_not_taken_for_none(tmp_path, name, content, column):
+    source = "0" if column == "2" else "word"
+    with pytest.raises(DataError, match=f"column '?{column}"):
+        load_data(DataArguments(test_file=write(tmp_path / name, content), source_column=source, target_column=column))
 
 
 def test_a_changed_file_is_read_again(tmp_path):

@@ -38,7 +38,8 @@ class Columns:
         source, target: a column's name, or its number from 0 as a string in delimited files without a header. None
             means the columns named `source` and `target` where there are such names, else the columns 0 and 1.
         source_lang, target_lang: keys of a `translation` column of dicts, as in `{"translation": {"en": …, "de": …}}`.
-        target_optional: data without the target column is allowed: the rows have None for a target.
+        target_optional: data without the target column is allowed: the rows have None for a target. A target column
+            that was asked for by name or number may still be missing only where there is no other but the source.
     """
 
     source: str | None = None
@@ -46,6 +47,10 @@ class Columns:
     source_lang: str | None = None
     target_lang: str | None = None
     target_optional: bool = False
+
+    def may_lack_target(self, width: int) -> bool:
+        """Whether data of so many columns may be sources alone."""
+        return self.target_optional and ((self.target is None and self.target_lang is None) or width == 1)
 
 
 def file_format(path: Path) -> str | None:
@@ -175,12 +180,12 @@ def find_columns(path: Path, number: int, first: list[str], columns: Columns) ->
         has_header = {"source", "target"} <= set(first) or first == ["source"]
     if has_header:
         source_name, target_name = columns.source or "source", columns.target or "target"
-        for name in (source_name,) if columns.target_optional else (source_name, target_name):
+        for name in (source_name,) if columns.may_lack_target(len(first)) else (source_name, target_name):
             if name not in first:
                 raise unknown_column(path, f"line {number}", name, first)
         return first.index(source_name), first.index(target_name) if target_name in first else None, True
     source, target = int(columns.source or 0), int(columns.target or 1)
-    for place in (source,) if columns.target_optional else (source, target):
+    for place in (source,) if columns.may_lack_target(len(first)) else (source, target):
         if place >= len(first):
             raise DataError(
                 f"{path}, line {number}: no column {place}: the columns are numbered from 0 to {len(first) - 1}: "
@@ -236,7 +241,7 @@ def read_records(
             record = record["translation"]  # type: ignore[assignment]
             source_name, target_name = columns.source_lang, columns.target_lang or "target"
         source = string_value(path, where, record, source_name)
-        if columns.target_optional and target_name not in record:
+        if columns.may_lack_target(len(record)) and target_name not in record:
             yield source, None
         else:
             yield source, string_value(path, where, record, target_name)
