@@ -28,7 +28,10 @@ WiringCall = Callable[[torch.Tensor, DecoderState, PreparedMemory], tuple[StepOu
 
 
 class DecoderStack(nn.Module):
-    """Unidirectional recurrent layers with dropout between them and optional residual connections."""
+    """
+    Unidirectional recurrent layers with dropout between them and optional residual connections. A residual connection
+    changes what a layer hands up, never its own state.
+    """
 
     layers: list[RecurrentLayer]
 
@@ -138,7 +141,7 @@ class InputFeeding(Wiring):
 
         s_t = RNN([x_t; features_{t-1}], s_{t-1}),  c_t = attention(s_t),  features_t = tanh(W [c_t; s_t])
 
-    with features_0 = 0.
+    with features_0 = 0. Without attention s_t itself is fed back.
     """
 
     feedback = True
@@ -162,8 +165,8 @@ class BahdanauWiring(Wiring):
 
         c_t = attention(s_{t-1}),  s_t = RNN([x_t; c_t], s_{t-1}),  features_t = tanh(W [c_t; s_t; x_t])
 
-    The features are the readout of Nematus (Sennrich et al. 2017, eq. 5), one width with the other wirings, in place
-    of Bahdanau's maxout.
+    where attention's query s_{t-1} is the top layer's h. The features are the readout of Nematus (Sennrich et al.
+    2017, eq. 5), one width with the other wirings, in place of Bahdanau's maxout; without attention, tanh(W [s_t; x_t]).
     """
 
     feedback = True

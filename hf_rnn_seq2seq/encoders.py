@@ -64,7 +64,10 @@ class EncoderLayer(GradientCheckpointingLayer):
 
 
 class RnnEncoder(nn.Module):
-    """Stacked recurrent layers, with dropout between them and optionally residual connections from the second on."""
+    """
+    Stacked recurrent layers, with dropout between them and optionally residual connections from the second on. These
+    change the outputs, and so the memory; the final states stay each layer's own.
+    """
 
     def __init__(self, config: RnnSeq2SeqConfig):
         super().__init__()

@@ -36,6 +36,7 @@ def shift_tokens_right(
 class RnnSeq2SeqPreTrainedModel(PreTrainedModel):
     """What both models share: initial weights and what transformers may do with them."""
 
+    config: RnnSeq2SeqConfig
     config_class = RnnSeq2SeqConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"

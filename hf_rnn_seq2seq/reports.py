@@ -13,6 +13,9 @@ from .arguments import ScriptArguments
 
 SAMPLES_SHOWN = 5
 
+# What these are called in work on pronunciation, where the symbols are phones and the sequences words.
+ALIASES = {"symbol_error_rate": " (PER)", "sequence_error_rate": " (WER)"}
+
 
 def write_predictions(output_dir: Path, test: datasets.Dataset, predictions: list[str]) -> None:
     """Write `generated_predictions.txt`, a line a row, and `.jsonl` with source, prediction and references."""
@@ -94,7 +97,10 @@ def summary(
     for prefix, title in (("eval", "Validation"), ("predict", "Test")):
         figures = {name: results[f"{prefix}_{name}"] for name in shown_figures(results, prefix)}
         if figures:
-            lines.append(f"{title}: " + ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+            lines.append(
+                f"{title}: "
+                + ", ".join(f"{name}{ALIASES.get(name, '')} {value:.2f}" for name, value in figures.items())
+            )
     if test is not None and predictions:
         lines.append("Samples:")
         for row, prediction in zip(test.select(range(min(SAMPLES_SHOWN, len(test)))), predictions, strict=False):
