@@ -166,7 +166,7 @@ class BahdanauWiring(Wiring):
         c_t = attention(s_{t-1}),  s_t = RNN([x_t; c_t], s_{t-1}),  features_t = tanh(W [c_t; s_t; x_t])
 
     where attention's query s_{t-1} is the top layer's h. The features are the readout of Nematus (Sennrich et al.
-    2017, eq. 5), one width with the other wirings, in place of Bahdanau's maxout; without attention, tanh(W [s_t; x_t]).
+    2017, eq. 5), as wide as the other wirings', in place of Bahdanau's maxout; without attention, tanh(W [s_t; x_t]).
     """
 
     feedback = True
