@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput, has_length, sort_checkpoints
 
@@ -180,6 +181,15 @@ class RnnSeq2SeqTrainer(Seq2SeqTrainer):
         if not self.is_in_train:
             self.results = {**getattr(self, "results", {}), **metrics}
         return output
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        # The Trainer pickles its arguments, and pushes the pickle with the model. Nothing reads it: leave a text.
+        folder = Path(output_dir or self.args.output_dir or ".")
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
     def create_model_card(
         self,

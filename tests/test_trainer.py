@@ -1,4 +1,5 @@
 import copy
+import json
 import math
 
 import datasets
@@ -111,6 +112,14 @@ def test_predictions_keep_the_order_and_number_of_rows(make_trainer):
     for source, prediction in zip(SOURCES, together, strict=True):
         alone = trainer.model.generate(**trainer.processing_class([source], return_tensors="pt"), max_length=8)
         assert trainer.processing_class.decode(alone[0], skip_special_tokens=True) == prediction
+
+
+def test_a_saved_model_has_no_pickle(make_trainer, tmp_path):
+    make_trainer().save_model(str(tmp_path / "saved"))
+    files = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert {"model.safetensors", "training_args.json"} <= files
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+    assert json.loads((tmp_path / "saved" / "training_args.json").read_text())["per_device_train_batch_size"] == 2
 
 
 def test_default_arguments(tmp_path):
