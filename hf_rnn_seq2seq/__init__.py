@@ -1,5 +1,7 @@
 """Recurrent encoder-decoders with attention as Hugging Face models; importing it registers the Auto classes."""
 
+from typing import TYPE_CHECKING
+
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from .cache_rnn_seq2seq import RnnSeq2SeqCache
@@ -7,6 +9,9 @@ from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
 from .modeling_rnn_seq2seq import RnnSeq2SeqForConditionalGeneration, RnnSeq2SeqModel
 from .tokenization_rnn_seq2seq import RnnSeq2SeqTokenizer
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .trainer import RnnSeq2SeqTrainer, RnnSeq2SeqTrainingArguments
 
 AutoConfig.register("rnn_seq2seq", RnnSeq2SeqConfig, exist_ok=True)
 AutoModel.register(RnnSeq2SeqConfig, RnnSeq2SeqModel, exist_ok=True)
@@ -19,11 +24,23 @@ RnnSeq2SeqModel.register_for_auto_class("AutoModel")
 RnnSeq2SeqForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
 RnnSeq2SeqTokenizer.register_for_auto_class()
 
+
+def __getattr__(name: str) -> object:
+    """The trainer, imported when it is asked for: serving a model needs neither accelerate nor datasets."""
+    if name in ("RnnSeq2SeqTrainer", "RnnSeq2SeqTrainingArguments"):
+        from . import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "RnnSeq2SeqCache",
     "RnnSeq2SeqConfig",
     "RnnSeq2SeqForConditionalGeneration",
     "RnnSeq2SeqModel",
     "RnnSeq2SeqTokenizer",
+    "RnnSeq2SeqTrainer",
+    "RnnSeq2SeqTrainingArguments",
     "__version__",
 ]

@@ -41,6 +41,11 @@ class RunArguments:
         default="whitespace",
         metadata={"help": "What symbol_error_rate counts: what white space separates (phones), or characters."},
     )
+    bleu_tokenize: str = field(
+        default="13a",
+        metadata={"help": "sacrebleu's tokenizer for bleu: 13a, intl, char, zh, …, or none for tokenized text."},
+    )
+    bleu_lowercase: bool = field(default=False, metadata={"help": "Compute bleu on lower-cased text."})
     num_beams: int | None = field(
         default=None,
         metadata={

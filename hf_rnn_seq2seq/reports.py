@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import ScriptArguments
+from .data import PACKAGED_CORPORA
 
 SAMPLES_SHOWN = 5
 
@@ -41,7 +42,7 @@ def plot_attentions(
 ) -> None:
     """Heat maps for the given rows: the attention while the model reads its own prediction.
 
-    Shown is the last attending layer, as a mean over its heads; a model without attention gets no plots.
+    Shown is the last attending layer, as a mean over its heads.
 
     Args:
         folder: gets `attention_000.png` and so on.
@@ -62,8 +63,6 @@ def plot_attentions(
                 decoder_input_ids=torch.tensor([ids[:end]], device=model.device),
                 output_attentions=True,
             )
-        if not output.cross_attentions:
-            return  # a model without attention
         maps.append(output.cross_attentions[-1][0].mean(dim=0).float().cpu())  # [T, S], mean over heads
         sources.append(source_side.convert_ids_to_tokens(row["input_ids"]))
         targets.append(target_side.convert_ids_to_tokens(ids[1 : end + 1]))
@@ -73,7 +72,8 @@ def plot_attentions(
 def model_card_arguments(args: ScriptArguments) -> dict[str, Any]:
     """What `RnnSeq2SeqTrainer.create_model_card` is told about the run."""
     data = args.data
-    on_hub = data.dataset_name is not None and not Path(data.dataset_name).exists()
+    named = data.dataset_name is not None and data.dataset_name not in PACKAGED_CORPORA
+    on_hub = named and not Path(data.dataset_name or "").exists()
     languages = [language for language in (data.source_lang, data.target_lang) if language]
     return {
         "language": languages or None,

@@ -1,6 +1,6 @@
 """From the Trainer's predicted ids to metrics over texts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import datasets
 import numpy as np
@@ -18,12 +18,18 @@ class Scorer:
     Args:
         tokenizer: decodes the predictions.
         names: keys of `hf_rnn_seq2seq.metrics.METRICS`.
-        symbols: what `symbol_error_rate` counts, `whitespace` or `characters`.
+        options: of the metrics by name, as for `hf_rnn_seq2seq.metrics.compute_metrics_for`; those of others are
+            passed over.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], symbols: str = "whitespace") -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        names: Sequence[str],
+        options: Mapping[str, dict[str, object]] | None = None,
+    ) -> None:
         self.names = names
-        self.options = {"symbol_error_rate": {"symbols": symbols}} if "symbol_error_rate" in names else {}
+        self.options = {name: value for name, value in (options or {}).items() if name in names}
         self.tokenizer = tokenizer
         self.references: list[str] | list[list[str]] = []
         self.texts: dict[str, str] = {}

@@ -33,6 +33,7 @@ from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration
 from hf_rnn_seq2seq.arguments import ArgumentError, ScriptArguments, parse_arguments
 from hf_rnn_seq2seq.data import DataError, load_data, prepare_data
 from hf_rnn_seq2seq.metrics import METRICS, compute_metrics_for
+from hf_rnn_seq2seq.metrics.bleu.bleu import TOKENIZERS
 from hf_rnn_seq2seq.reports import model_card_arguments, plot_attentions, summary, write_predictions
 from hf_rnn_seq2seq.scoring import Scorer
 from hf_rnn_seq2seq.tokenization_rnn_seq2seq import RnnSeq2SeqTokenizer
@@ -71,14 +72,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         )
         prepared = prepare_data(data, tokenizer, args.data, *vocab_sizes)
     data = prepared.datasets
-    if run.num_attention_plots > 0 and getattr(model.config, "attention_type", None) == "none":
-        raise ArgumentError("--num_attention_plots: the model has no attention")
     set_generation_length(args, model, data)
     say(args, "Data: " + ", ".join(f"{split} {len(dataset):,} rows" for split, dataset in data.items()) + ".")
     say(args, prepared.drop_line())
     say(args, f"Model: {model.num_parameters():,} parameters.")
 
-    scorer = Scorer(tokenizer, run.metrics, run.error_rate_symbols)
+    metric_options: dict[str, dict[str, object]] = {
+        "symbol_error_rate": {"symbols": run.error_rate_symbols},
+        "bleu": {"tokenize": run.bleu_tokenize, "lowercase": run.bleu_lowercase},
+    }
+    scorer = Scorer(tokenizer, run.metrics, metric_options)
     trainer = RnnSeq2SeqTrainer(
         model=model,
         args=training,
@@ -119,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         predictions = scorer.decode(output.predictions)
         if trainer.is_world_process_zero():
             write_predictions(args.output_dir, data["test"], predictions)
-            if run.num_attention_plots > 0:
+            if run.num_attention_plots > 0 and getattr(model.config, "attention_type", None) == "none":
+                say(args, "No attention plots: the model has no attention.")
+            elif run.num_attention_plots > 0:
                 rows = data["test"].select(range(min(run.num_attention_plots, len(data["test"]))))
                 plot_attentions(args.output_dir / "attention_plots", model, tokenizer, rows, output.predictions)
 
@@ -152,6 +157,8 @@ def check_arguments(args: ScriptArguments) -> None:
     for name in run.metrics:
         if name not in METRICS:
             raise ArgumentError(f"--metrics {name}: unknown; there are {', '.join(METRICS)}")
+    if run.bleu_tokenize not in TOKENIZERS:
+        raise ArgumentError(f"--bleu_tokenize {run.bleu_tokenize}: unknown; there are {', '.join(TOKENIZERS)}")
     if training.metric_for_best_model is not None:
         figures = ["loss", "perplexity"]
         if training.predict_with_generate:
