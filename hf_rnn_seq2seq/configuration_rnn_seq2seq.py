@@ -14,6 +14,16 @@ AttentionType = Literal["none", "dot", "scaled_dot", "general", "additive", "nor
 WiringType = Literal["output_only", "input_feeding", "bahdanau"]
 HeadType = Literal["linear"]
 
+# Probabilities that are no part of the weights' shape or meaning: they may change from one training to the next.
+REGULARIZATION = (
+    "dropout",
+    "embedding_dropout",
+    "output_dropout",
+    "attention_dropout",
+    "recurrent_dropout",
+    "zoneout",
+)
+
 
 @strict
 class RnnSeq2SeqConfig(PreTrainedConfig):
@@ -204,14 +214,7 @@ class RnnSeq2SeqConfig(PreTrainedConfig):
             )
 
     def validate_probabilities(self) -> None:
-        for name in (
-            "dropout",
-            "embedding_dropout",
-            "output_dropout",
-            "attention_dropout",
-            "recurrent_dropout",
-            "zoneout",
-        ):
+        for name in REGULARIZATION:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"`{name}` must lie in [0, 1), got {value}.")

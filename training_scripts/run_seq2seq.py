@@ -31,6 +31,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration
 from hf_rnn_seq2seq.arguments import ArgumentError, ScriptArguments, parse_arguments
+from hf_rnn_seq2seq.configuration_rnn_seq2seq import REGULARIZATION
 from hf_rnn_seq2seq.data import DataError, load_data, prepare_data
 from hf_rnn_seq2seq.metrics import METRICS, compute_metrics_for
 from hf_rnn_seq2seq.metrics.bleu.bleu import TOKENIZERS
@@ -39,16 +40,6 @@ from hf_rnn_seq2seq.scoring import Scorer
 from hf_rnn_seq2seq.tokenization_rnn_seq2seq import RnnSeq2SeqTokenizer
 from hf_rnn_seq2seq.tokenizer_training import build_tokenizer
 from hf_rnn_seq2seq.trainer import RnnSeq2SeqTrainer, checkpoint_fault, last_complete_checkpoint
-
-# Fields that may differ from a saved model's: they are not part of its weights' shape or meaning.
-REGULARIZATION = (
-    "dropout",
-    "embedding_dropout",
-    "output_dropout",
-    "attention_dropout",
-    "recurrent_dropout",
-    "zoneout",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
