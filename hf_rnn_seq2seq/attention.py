@@ -8,8 +8,12 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
+
+# How many numbers of additive attention's hidden layer, [B, T, S, A], may be held at once: 256 MB in float32.
+MAX_ENERGIES = 2**26
 
 # What attention carries from one target step to the next (nothing, for content-based attention); each [B, ...].
 Alignment = tuple[torch.Tensor, ...]
@@ -111,8 +115,19 @@ class AdditiveAttention(Attention):
         return self.score_projection.weight.squeeze(0)
 
     def score(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        energies = torch.tanh(self.query_projection(query).unsqueeze(2) + keys.unsqueeze(1))  # [B, T, S, A]
-        return energies @ self.score_vector().to(energies.dtype)
+        projected, v = self.query_projection(query), self.score_vector()  # [B, T, A], [A]
+        queries_at_once = max(MAX_ENERGIES // keys.numel(), 1)
+        if queries_at_once >= projected.size(1):
+            return self._energies(projected, keys, v)
+        # Long sequences: [B, T, S, A] would not fit, so it is made in parts, and made again in the backward pass.
+        parts = projected.split(queries_at_once, dim=1)
+        return torch.cat([checkpoint(self._energies, part, keys, v, use_reentrant=False) for part in parts], dim=1)
+
+    @staticmethod
+    def _energies(projected: torch.Tensor, keys: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """[B, T, A], [B, S, A], [A] -> [B, T, S]"""
+        energies = torch.tanh(projected.unsqueeze(2) + keys.unsqueeze(1))  # [B, T, S, A]
+        return energies @ v.to(energies.dtype)
 
 
 class NormedAdditiveAttention(AdditiveAttention):

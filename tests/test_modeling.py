@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from models import CONFIGURATIONS, name_of, ragged_batch, tiny_model
 from transformers import DynamicCache, StaticCache
 
-from hf_rnn_seq2seq import RnnSeq2SeqCache
+from hf_rnn_seq2seq import RnnSeq2SeqCache, attention
 from hf_rnn_seq2seq.recurrent_layers import CELLS
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
@@ -140,6 +140,22 @@ def test_gradients_pass_padding_by(cell: str) -> None:
         torch.testing.assert_close(one, other, **CLOSE)
     assert (padded.grad[~mask] == 0).all()
     assert (padded.grad[mask] != 0).any()
+
+
+@pytest.mark.parametrize("attention_type", ["additive", "normed_additive"])
+def test_energies_in_parts_equal_the_whole(attention_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(attention_type=attention_type, wiring_type="output_only")
+    source, mask = ragged_batch(LENGTHS)
+    seen = []
+    for limit in (attention.MAX_ENERGIES, 2 * 3 * 5 * 8, 1):  # all, two target positions, one
+        monkeypatch.setattr(attention, "MAX_ENERGIES", limit)
+        model.zero_grad()
+        out = model(source, attention_mask=mask, labels=TARGET)
+        out.logits.sin().sum().backward()
+        seen.append([out.logits.detach(), *(p.grad for p in model.parameters())])
+    for parts in seen[1:]:
+        for one, other in zip(parts, seen[0], strict=True):
+            torch.testing.assert_close(one, other, **CLOSE)
 
 
 def test_variational_dropout_keeps_its_mask() -> None:
