@@ -74,6 +74,7 @@ class RecurrentStateLayer(CacheLayerMixin):
         super().__init__()
         self.state: DecoderState | None = None
         self.seen_tokens = 0
+        self.device: torch.device | None = None  # where `prefetch` brings back what was offloaded
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.update(key_states, value_states)
@@ -107,10 +108,13 @@ class RecurrentStateLayer(CacheLayerMixin):
         self.map(lambda tensor: tensor[indices.to(tensor.device)])
 
     def offload(self) -> None:
-        self.map(lambda tensor: tensor.to("cpu", non_blocking=True))
+        if self.state is not None:
+            self.device = self.state.tensors()[0].device
+            self.map(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """Nothing to do: the decoder moves what it reads to its own device."""
+        if self.device is not None:
+            self.map(lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:

@@ -87,7 +87,6 @@ class Wiring(nn.Module):
     """
 
     feedback = False  # does step t need what came out of step t-1, beside the recurrent state?
-    feed_size = 0  # width of what is fed back into the input
 
     def __init__(self, config: RnnSeq2SeqConfig):
         super().__init__()

@@ -258,13 +258,11 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
     def _check_encoder_outputs(
         output: RnnSeq2SeqEncoderOutput | tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None
     ) -> RnnSeq2SeqEncoderOutput:
-        # Not `isinstance`: an output may come from another copy of this code.
-        fields = (
-            [getattr(output, name, None) for name in ("last_hidden_state", "final_state", "memory_mask")]
-            if hasattr(output, "last_hidden_state")
-            else [*output[:3], *[None] * (3 - len(output[:3]))]
-        )
-        memory, final_state, memory_mask = fields
+        if isinstance(output, tuple):
+            output = RnnSeq2SeqEncoderOutput(*output)  # type: ignore[arg-type]  # tensors, then tuples of them
+        # By name: an output may come from another copy of this code, or be another model's.
+        names = ("last_hidden_state", "final_state", "memory_mask", "hidden_states", "attentions")
+        memory, final_state, memory_mask, hidden_states, attentions = (getattr(output, name, None) for name in names)
         if memory is None or final_state is None:
             raise ValueError(
                 "`encoder_outputs` must be what `model.get_encoder()(...)` returns: `last_hidden_state` and "
@@ -283,7 +281,6 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
             raise ValueError(
                 f"`attention_mask` has {attention_mask.size(0)} rows, `encoder_outputs` {memory.size(0)}."
             )
-        hidden_states, attentions = getattr(output, "hidden_states", None), getattr(output, "attentions", None)
         return RnnSeq2SeqEncoderOutput(memory, final_state, memory_mask, hidden_states, attentions)
 
     @staticmethod

@@ -113,8 +113,8 @@ class RecurrentLayer(nn.Module):
         if mask is not None:
             # Padding rides along as one more input feature, whose weights hold the gates shut. Unlike packing this
             # needs no lengths on the CPU, no sorting, handles both sides, and can be compiled and exported.
-            pad = (~mask).unsqueeze(-1).to(x.dtype)  # [B, T, 1]
-            x = torch.cat((x.masked_fill(~mask.unsqueeze(-1), 0), pad), dim=-1)
+            padding = ~mask.unsqueeze(-1)  # [B, T, 1]
+            x = torch.cat((x.masked_fill(padding, 0), padding.to(x.dtype)), dim=-1)
             w_ih = torch.cat((w_ih, self.padding_gates(b_ih + b_hh).unsqueeze(1)), dim=1)
         first = [value.unsqueeze(0) for value in state_list]  # [1, B, H] each
         outputs, *last = type(self).fused(
@@ -130,7 +130,7 @@ class RecurrentLayer(nn.Module):
         )
         final = tuple(value.squeeze(0) for value in last)
         if mask is not None:
-            outputs = outputs.masked_fill(~mask.unsqueeze(-1), 0)
+            outputs = outputs.masked_fill(padding, 0)
             final = (self._last_output(outputs, state_list[0], mask), *final[1:])
         return outputs, final
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import datasets
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
@@ -249,15 +250,15 @@ def new_model(args: ScriptArguments, tokenizer: PreTrainedTokenizerBase) -> PreT
 
 
 def load_model(args: ScriptArguments, saved: str) -> PreTrainedModel:
-    model = AutoModelForSeq2SeqLM.from_pretrained(saved)
+    config = AutoConfig.from_pretrained(saved)
     for name, value in args.config.items():
         if name in REGULARIZATION:
             continue
-        saved_value = getattr(model.config, name, None)
+        saved_value = getattr(config, name, None)
         if value != saved_value:
             raise ArgumentError(f"--{name} {value}: the model of {saved} has {saved_value}, which can't be changed")
     changed = {name: args.config[name] for name in REGULARIZATION if name in args.config}
-    return AutoModelForSeq2SeqLM.from_pretrained(saved, **changed) if changed else model
+    return AutoModelForSeq2SeqLM.from_pretrained(saved, **changed)
 
 
 def set_generation_length(args: ScriptArguments, model: PreTrainedModel, data: datasets.DatasetDict) -> None:
