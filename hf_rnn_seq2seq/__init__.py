@@ -6,7 +6,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoToken
 
 from .cache_rnn_seq2seq import RnnSeq2SeqCache
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
+from .ensemble import RnnSeq2SeqEnsemble
 from .modeling_rnn_seq2seq import RnnSeq2SeqForConditionalGeneration, RnnSeq2SeqModel
+from .presets import PRESETS, preset
 from .tokenization_rnn_seq2seq import RnnSeq2SeqTokenizer
 from .version import __version__
 
@@ -35,12 +37,15 @@ def __getattr__(name: str) -> object:
 
 
 __all__ = [
+    "PRESETS",
     "RnnSeq2SeqCache",
     "RnnSeq2SeqConfig",
+    "RnnSeq2SeqEnsemble",
     "RnnSeq2SeqForConditionalGeneration",
     "RnnSeq2SeqModel",
     "RnnSeq2SeqTokenizer",
     "RnnSeq2SeqTrainer",
     "RnnSeq2SeqTrainingArguments",
     "__version__",
+    "preset",
 ]

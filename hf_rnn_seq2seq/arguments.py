@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
 from .data import DataArguments, DataError
+from .presets import PRESETS
 from .tokenizer_training import TokenizerArguments
 from .trainer import RnnSeq2SeqTrainingArguments
 
@@ -32,6 +33,10 @@ class RunArguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Fine-tune, evaluate or predict with this saved model and its tokenizer."},
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={"help": "A published system's configuration (hf_rnn_seq2seq.PRESETS); other flags change it."},
     )
     metrics: list[str] = field(
         default_factory=lambda: ["sequence_error_rate", "symbol_error_rate"],
@@ -74,7 +79,7 @@ class ScriptArguments:
     """All arguments of a run.
 
     Args:
-        config: the fields of the model's configuration that were given, by name.
+        config: the fields of the model's configuration that were given, by name, over those of `--preset`.
         given: names of all arguments that were given by flag or recipe.
         recipe: the recipe's path, or None.
     """
@@ -167,12 +172,15 @@ def parse_arguments(argv: Sequence[str]) -> ScriptArguments:
         if isinstance(error, (ArgumentError, DataError)):
             raise
         raise ArgumentError(f"{error} (recipe: {recipe})" if recipe else str(error)) from error
+    if run.preset is not None and run.preset not in PRESETS:
+        raise ArgumentError(f"--preset {run.preset}: there is no such preset; there are: {', '.join(PRESETS)}")
+    published = PRESETS[run.preset].settings if run.preset else {}
     return ScriptArguments(
         run=run,
         data=data,
         tokenizer=tokenizer,
         training=training,
-        config={name: value for name, value in vars(config).items() if name in given},
+        config=published | {name: value for name, value in vars(config).items() if name in given},
         given=given,
         recipe=recipe,
     )

@@ -55,9 +55,15 @@ class DecoderState:
         return self.map(lambda _: next(values))
 
     def where(self, condition: torch.Tensor, other: "DecoderState") -> "DecoderState":
-        """Row by row, this state where `condition` [B] holds, else `other`."""
+        """
+        Row by row, this state where `condition` [B] holds, else `other`. A past that has grown, [B, P, ...], is made
+        as long in `other` by zeros at its end: a row that stands still gets an empty, masked place.
+        """
 
         def choose(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+            if old.shape != new.shape:
+                grown = new.size(1) - old.size(1)
+                old = torch.cat((old, old.new_zeros(old.size(0), grown, *old.shape[2:])), dim=1)
             return torch.where(condition.view(-1, *[1] * (new.dim() - 1)), new, old)
 
         pairs = zip(self.tensors(), other.tensors(), strict=True)

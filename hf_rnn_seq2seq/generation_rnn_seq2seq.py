@@ -13,6 +13,10 @@ from transformers.generation import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.generation.utils import GenerateBeamOutput
+
+from .beam_options import take_options
+from .beam_search import beam_search
 
 
 class TargetStopStringCriteria(StopStringCriteria):
@@ -45,7 +49,7 @@ class TargetStopStringCriteria(StopStringCriteria):
 
 
 class RnnSeq2SeqGenerationMixin(GenerationMixin):
-    """transformers' generate(), with its hooks set for a recurrent state."""
+    """transformers' generate() with its hooks set for a recurrent state, and with the options `BeamSearchOptions`."""
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -67,6 +71,23 @@ class RnnSeq2SeqGenerationMixin(GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             cache._is_user_defined = True  # as transformers marks it
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)  # type: ignore[misc]
+        # The configuration is this call's own copy; transformers, too, keeps on it what it derives from the options.
+        setattr(config, "_beam_search_options", take_options(config, model_kwargs, kwargs))  # noqa: B010
+        return config, model_kwargs
+
+    def _beam_search(  # type: ignore[override]  # the same
+        self, input_ids: torch.LongTensor, *, generation_config: GenerationConfig, **kwargs: Any
+    ) -> GenerateBeamOutput | torch.LongTensor:
+        """transformers' beam search; with options of `BeamSearchOptions`, on a view of this model."""
+        options = getattr(generation_config, "_beam_search_options", None)
+        if options is None:
+            return super()._beam_search(input_ids, generation_config=generation_config, **kwargs)  # type: ignore[misc]
+        return beam_search(self, options, input_ids, generation_config, **kwargs)
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # the same
         self,
@@ -99,6 +120,25 @@ class RnnSeq2SeqGenerationMixin(GenerationMixin):
         criteria = super()._get_stopping_criteria(others, stopping_criteria, tokenizer)  # type: ignore[misc]
         criteria.append(TargetStopStringCriteria(tokenizer, generation_config.stop_strings))
         return criteria
+
+    def compute_transition_scores(
+        self,
+        sequences: torch.Tensor,
+        scores: tuple[torch.Tensor, ...],
+        beam_indices: torch.Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> torch.Tensor:
+        """As in transformers, which takes scores to be `config.vocab_size` wide; with `copy_ids` they are wider."""
+        view = cast(Any, copy.copy(self))
+        view.config = copy.copy(view.config)
+        view.config.vocab_size = scores[0].size(-1)
+        return GenerationMixin.compute_transition_scores(
+            view,
+            sequences,
+            scores,  # type: ignore[arg-type]  # declared as a tuple of one
+            beam_indices,
+            normalize_logits,
+        )
 
     def generated_attentions(
         self,

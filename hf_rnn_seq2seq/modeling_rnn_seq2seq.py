@@ -1,7 +1,7 @@
 """The `PreTrainedModel` shell around encoder, decoder and head: first weights, embeddings, loss, generation hooks."""
 
 import os
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -12,14 +12,15 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils import can_return_tuple
 
-from .attention import NormedAdditiveAttention, PreparedMemory
+from .attention import PreparedMemory
+from .bridges import BRIDGES
 from .cache_rnn_seq2seq import DecoderState, RnnSeq2SeqCache
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
 from .decoder import RnnSeq2SeqDecoder
-from .encoders import BRIDGES, RnnSeq2SeqEncoder, RnnSeq2SeqEncoderOutput
+from .encoders import RnnSeq2SeqEncoder, RnnSeq2SeqEncoderOutput
 from .generation_rnn_seq2seq import RnnSeq2SeqGenerationMixin
-from .heads import HEADS
-from .recurrent_layers import RecurrentLayer
+from .heads import HEADS, HeadInput, check_copy_ids
+from .losses import coverage_loss, log_probabilities, token_loss
 
 
 def shift_tokens_right(
@@ -31,6 +32,22 @@ def shift_tokens_right(
     start = labels.new_full((labels.size(0), 1), decoder_start_token_id)
     shifted = torch.cat((start, labels[:, :-1]), dim=1)
     return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+@dataclass
+class RnnSeq2SeqModelOutput(Seq2SeqModelOutput):
+    """
+    `Seq2SeqModelOutput` and what a head may want beside the features.
+
+    Args:
+        attention_weights: [B, heads, T, S], if there is attention.
+        gate_input: what a head that copies decides by, [B, T, *].
+        source_ids: `RnnSeq2SeqEncoderOutput`'s, [B, S].
+    """
+
+    attention_weights: torch.Tensor | None = None
+    gate_input: torch.Tensor | None = None
+    source_ids: torch.Tensor | None = None
 
 
 class RnnSeq2SeqPreTrainedModel(PreTrainedModel):
@@ -61,17 +78,16 @@ class RnnSeq2SeqPreTrainedModel(PreTrainedModel):
                 "AutoModel": "modeling_rnn_seq2seq.RnnSeq2SeqModel",
                 "AutoModelForSeq2SeqLM": "modeling_rnn_seq2seq.RnnSeq2SeqForConditionalGeneration",
             }
+        if self.can_generate():
+            # Loading, transformers drops what it does not know (`BeamSearchOptions`) from what is marked like this.
+            self.generation_config._from_model_config = False
         super().save_pretrained(save_directory, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, RecurrentLayer):
-            for gate in module.weight_ih.chunk(module.num_gates):  # a packed matrix is several matrices
-                self._init_block(module.weight_ih, gate, init.xavier_uniform_)
-            for gate in module.weight_hh.chunk(module.num_gates):
-                self._init_block(module.weight_hh, gate, init.orthogonal_)
-            init.copy_(module.bias_ih, module.initial_bias().to(module.bias_ih))
-            init.zeros_(module.bias_hh)
+        reset = getattr(module, "reset_weights", None)  # our own modules know theirs
+        if reset is not None:
+            reset()
         elif isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
@@ -80,17 +96,6 @@ class RnnSeq2SeqPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range)
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[module.padding_idx])
-        elif isinstance(module, NormedAdditiveAttention):
-            init.constant_(module.scale, module.bias.numel() ** -0.5)
-            init.zeros_(module.bias)
-
-    @staticmethod
-    def _init_block(
-        parameter: nn.Parameter, block: torch.Tensor, initialise: Callable[[torch.Tensor], object]
-    ) -> None:
-        # A view of a parameter does not carry the mark that it was loaded from a checkpoint.
-        if not getattr(parameter, "_is_hf_initialized", False):
-            initialise(block)
 
     def resize_token_embeddings(
         self,
@@ -176,7 +181,7 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-    ) -> Seq2SeqModelOutput:
+    ) -> RnnSeq2SeqModelOutput:
         """
         Args:
             input_ids: source ids, [B, S].
@@ -193,7 +198,7 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
             output_hidden_states: return embeddings and every layer's output for both sides.
 
         Returns:
-            `Seq2SeqModelOutput`; `last_hidden_state` holds the features, [B, T, F].
+            `RnnSeq2SeqModelOutput`; `last_hidden_state` holds the features, [B, T, F].
         """
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
@@ -203,7 +208,12 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
 
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
-                input_ids, attention_mask, inputs_embeds, output_hidden_states=output_hidden_states, return_dict=True
+                input_ids,
+                attention_mask,
+                inputs_embeds,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                return_dict=True,
             )
         encoder_outputs = self._check_encoder_outputs(encoder_outputs, attention_mask)
         memory = encoder_outputs.last_hidden_state
@@ -228,7 +238,7 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
             cache.advance(state, decoder_inputs_embeds.size(1))
 
         heads = self.decoder.wiring.attention.num_heads
-        return Seq2SeqModelOutput(
+        return RnnSeq2SeqModelOutput(
             last_hidden_state=output.features,
             past_key_values=cache if use_cache else None,  # type: ignore[arg-type]  # transformers declares one kind
             decoder_hidden_states=(decoder_inputs_embeds, *output.layer_outputs) if output_hidden_states else None,
@@ -236,6 +246,9 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
             encoder_last_hidden_state=memory,
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
+            attention_weights=output.weights if heads else None,
+            gate_input=output.gate_input if self.decoder.wiring.copies else None,
+            source_ids=encoder_outputs.source_ids,
         )
 
     def _start(
@@ -245,7 +258,7 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
         memory, wiring = encoder_outputs.last_hidden_state, self.decoder.wiring
 
         def prepare() -> PreparedMemory:
-            return wiring.attention.prepare(memory, encoder_outputs.memory_mask)
+            return wiring.attention.prepare(memory, encoder_outputs.memory_mask, encoder_outputs.memory_keys)
 
         prepared = prepare() if cache is None else cache.prepared(memory, prepare)
         if cache is None or cache.state is None:
@@ -262,7 +275,9 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
             output = RnnSeq2SeqEncoderOutput(*output)  # type: ignore[arg-type]  # tensors, then tuples of them
         # By name: an output may come from another copy of this code, or be another model's.
         names = ("last_hidden_state", "final_state", "memory_mask", "hidden_states", "attentions")
-        memory, final_state, memory_mask, hidden_states, attentions = (getattr(output, name, None) for name in names)
+        memory, final_state, memory_mask, *others = (
+            getattr(output, name, None) for name in (*names, "memory_keys", "source_ids")
+        )
         if memory is None or final_state is None:
             raise ValueError(
                 "`encoder_outputs` must be what `model.get_encoder()(...)` returns: `last_hidden_state` and "
@@ -281,7 +296,7 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
             raise ValueError(
                 f"`attention_mask` has {attention_mask.size(0)} rows, `encoder_outputs` {memory.size(0)}."
             )
-        return RnnSeq2SeqEncoderOutput(memory, final_state, memory_mask, hidden_states, attentions)
+        return RnnSeq2SeqEncoderOutput(memory, final_state, memory_mask, *others)
 
     @staticmethod
     def _check_cache(cache: Cache | None, memory: torch.Tensor) -> RnnSeq2SeqCache | None:
@@ -327,7 +342,8 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
     def __init__(self, config: RnnSeq2SeqConfig):
         super().__init__(config)
         self.model = RnnSeq2SeqModel(config)
-        self.head = HEADS[config.head_type](config, self.model.decoder.wiring.features_size)
+        wiring = self.model.decoder.wiring
+        self.head = HEADS[config.head_type](config, wiring.features_size, wiring.gate_size)
         self.loss_type = "ForMaskedLM"  # cross entropy without a shift: the decoder's input is shifted already
         self.post_init()
 
@@ -364,6 +380,7 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        copy_ids: torch.Tensor | None = None,
     ) -> Seq2SeqLMOutput:
         """
         [`RnnSeq2SeqModel.forward`]'s arguments, and
@@ -372,14 +389,28 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
             labels: target ids, [B, T], -100 where no loss is wanted. Without decoder inputs, these are made by
                 shifting them right.
             num_items_in_batch: number of labels in all of an accumulated batch, by which the loss is then divided.
+            copy_ids: for a head that copies, the target id of every source position, [B, S]. Ids from V to
+                V + S - 1 are words of this row's source that the vocabulary lacks, in `labels` and
+                `decoder_input_ids`, too; the decoder reads `config.unk_token_id` for them. At padding any id will do.
+                A [`RnnSeq2SeqTokenizer`] with `copies_source=True` makes them. With one shared vocabulary they may be
+                left out: then `input_ids` are copied.
 
         Returns:
-            `Seq2SeqLMOutput`; `loss` is the mean cross entropy over the labels, `logits` [B, T, V].
+            `Seq2SeqLMOutput`; `loss` is the mean over the labels of `config.output_normalizer`'s loss (for softmax,
+            cross entropy) plus the weighted coverage loss; `logits`, [B, T, V] or with `copy_ids` [B, T, V + S], are
+            scores before a softmax, or log-probabilities where there is another normaliser or a head that copies.
         """
         if labels is not None:
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if copy_ids is not None and not self.head.copies:
+            raise ValueError(
+                f"`copy_ids` is for a head that copies, but `config.head_type` is {self.config.head_type!r}."
+            )
+        if self.head.copies and decoder_input_ids is not None:
+            outside = decoder_input_ids >= self.config.vocab_size
+            decoder_input_ids = decoder_input_ids.masked_fill(outside, cast(int, self.config.unk_token_id))
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -394,20 +425,21 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        logits = self.head(outputs.last_hidden_state)
+        copied = check_copy_ids(self.config, copy_ids, outputs.source_ids, outputs.attention_weights)
+        parts = outputs.last_hidden_state, outputs.attention_weights, outputs.gate_input
+        scores = self.head(HeadInput(*parts, *copied))
         loss = None
         if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                raise ValueError(
-                    f"`labels` must have the decoder input's shape {tuple(logits.shape[:2])}, "
-                    f"got {tuple(labels.shape)}."
-                )
-            loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
-            )
+            loss = self._loss(scores, labels, num_items_in_batch)
+            if self.config.coverage_loss_weight > 0:
+                weights = outputs.attention_weights
+                if decoder_attention_mask is not None:  # no attention is paid at padding
+                    weights = weights * decoder_attention_mask[:, None, -labels.size(1) :, None]
+                loss = loss + self.config.coverage_loss_weight * coverage_loss(weights, labels, num_items_in_batch)
+        normalizer = self.config.output_normalizer
         return Seq2SeqLMOutput(
             loss=loss,
-            logits=logits,
+            logits=scores if normalizer == "softmax" else log_probabilities(scores, normalizer),
             past_key_values=outputs.past_key_values,
             decoder_hidden_states=outputs.decoder_hidden_states,
             cross_attentions=outputs.cross_attentions,
@@ -415,6 +447,21 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
             encoder_hidden_states=outputs.encoder_hidden_states,
             encoder_attentions=outputs.encoder_attentions,
         )
+
+    def _loss(
+        self, scores: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Scores [B, T, V], labels [B, T] -> the loss that belongs to `output_normalizer`."""
+        config = self.config
+        if labels.shape != scores.shape[:2]:
+            raise ValueError(
+                f"`labels` must have the decoder input's shape {tuple(scores.shape[:2])}, got {tuple(labels.shape)}."
+            )
+        if config.output_normalizer == "softmax":  # transformers' way, on which a user may put another function
+            return self.loss_function(
+                scores, labels, vocab_size=scores.size(-1), num_items_in_batch=num_items_in_batch
+            )
+        return token_loss(scores, labels, config.output_normalizer, num_items_in_batch)
 
 
 __all__ = ["RnnSeq2SeqForConditionalGeneration", "RnnSeq2SeqModel", "RnnSeq2SeqPreTrainedModel"]

@@ -46,26 +46,29 @@ def plot_attentions(
 
     Args:
         folder: gets `attention_000.png` and so on.
-        rows: with the column `input_ids`.
+        rows: with the column `input_ids` and, if the model copies, `copy_ids`.
         predictions: the ids that were generated for these rows (and any after them), from the start token on.
     """
     from .plotting import save_attention_plots  # Matplotlib takes a second to import
 
     source_side = getattr(tokenizer, "source_tokenizer", tokenizer)
     target_side = getattr(tokenizer, "target_tokenizer", tokenizer)
+    names = [name for name in ("input_ids", "copy_ids") if name in rows.column_names]
     maps, sources, targets = [], [], []
     for row, ids in zip(rows, predictions, strict=False):
         ids = ids[ids != -100].tolist()
         end = ids.index(tokenizer.eos_token_id, 1) if tokenizer.eos_token_id in ids[1:] else len(ids) - 1
+        inputs = {name: torch.tensor([row[name]], device=model.device) for name in names}
         with torch.no_grad():
             output = model.eval()(
-                input_ids=torch.tensor([row["input_ids"]], device=model.device),
-                decoder_input_ids=torch.tensor([ids[:end]], device=model.device),
-                output_attentions=True,
+                **inputs, decoder_input_ids=torch.tensor([ids[:end]], device=model.device), output_attentions=True
             )
         maps.append(output.cross_attentions[-1][0].mean(dim=0).float().cpu())  # [T, S], mean over heads
         sources.append(source_side.convert_ids_to_tokens(row["input_ids"]))
-        targets.append(target_side.convert_ids_to_tokens(ids[1 : end + 1]))
+        tokens = target_side.convert_ids_to_tokens(ids[1 : end + 1])
+        # What was copied from outside the vocabulary is no token.
+        known = zip(ids[1 : end + 1], tokens, strict=True)
+        targets.append([str(tokenizer.decode([i], source_text=row["source"])) if t is None else t for i, t in known])
     save_attention_plots(folder, maps, sources, targets)
 
 

@@ -1,6 +1,7 @@
 """From the Trainer's predicted ids to metrics over texts."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import datasets
 import numpy as np
@@ -32,19 +33,24 @@ class Scorer:
         self.options = {name: value for name, value in (options or {}).items() if name in names}
         self.tokenizer = tokenizer
         self.references: list[str] | list[list[str]] = []
+        self.sources: list[str] = []
         self.texts: dict[str, str] = {}
 
     def watch(self, dataset: datasets.Dataset) -> datasets.Dataset:
-        """Score against this dataset's references (or its one target a row) from now on."""
+        """Score against this dataset's references (or its one target a row) from now on, and copy from its sources."""
         column = next((name for name in ("references", "target") if name in dataset.column_names), None)
         self.references = [] if column is None else list(dataset[column])
+        self.sources = list(dataset["source"])
         self.texts = {}
         return dataset
 
     def decode(self, ids: np.ndarray | tuple[np.ndarray]) -> list[str]:
         """Texts of the Trainer's predictions [rows, tokens], which are padded with -100."""
         ids = np.where(ids == -100, self.tokenizer.pad_token_id, ids)
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        copied: dict[str, Any] = {}
+        if getattr(self.tokenizer, "copies_source", False):
+            copied["source_texts"] = self.sources
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True, **copied)
 
     def __call__(self, output: EvalPrediction) -> dict[str, float]:
         results = compute_metrics_for(self.names, self.decode(output.predictions), self.references, self.options)

@@ -176,7 +176,10 @@ class RnnSeq2SeqTrainer(Seq2SeqTrainer):
         if tokens > 0:
             loss = loss_sum / tokens
             metrics[f"{metric_key_prefix}_loss"] = loss
-            if self.args.label_smoothing_factor == 0:
+            config = self.model.config
+            likelihood = getattr(config, "output_normalizer", "softmax") == "softmax"  # is the loss one, alone?
+            likelihood = likelihood and getattr(config, "coverage_loss_weight", 0) == 0
+            if self.args.label_smoothing_factor == 0 and likelihood:
                 metrics[f"{metric_key_prefix}_perplexity"] = math.exp(loss) if loss < 700 else math.inf
         if not self.is_in_train:
             self.results = {**getattr(self, "results", {}), **metrics}

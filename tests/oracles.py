@@ -38,12 +38,35 @@ def log_softmax(x: Array) -> Array:
     return shifted - math.log(np.exp(shifted).sum())
 
 
+def normalised(weights: Weights, name: str, x: Array, gates: int) -> Array:
+    """Ba et al. 2016, eq. 4, for each gate by itself."""
+    parts = np.stack(np.split(x, gates))
+    parts = (parts - parts.mean(1, keepdims=True)) / np.sqrt(parts.var(1, keepdims=True) + 1e-5)
+    return weights[f"{name}.weight"] * parts.reshape(-1) + weights[f"{name}.bias"]
+
+
 def new_state(cell_type: str, weights: Weights, x: Array, state: State, h_mask: Array | None = None) -> State:
     """
     One step of a cell: `x` [D], the old state, and Gal & Ghahramani's (2016) mask, which drops h_{t-1} wherever it
     enters a gate, but neither the memory cell nor what a GRU carries over.
     """
     h = state[0]
+    if cell_type == "ssru":  # no product with h, so nothing that the mask could drop
+        f, value = np.split(weights["weight_ih"] @ x, 2)
+        f = sigmoid(f + weights["bias_f"])
+        c = f * state[1] + (1 - f) * value
+        return [np.maximum(c, 0), c]
+    if cell_type in ("ln_lstm", "ln_gru"):
+        gates = 4 if cell_type == "ln_lstm" else 3
+        from_x = normalised(weights, "ih_norm", weights["weight_ih"] @ x, gates)
+        from_h = normalised(weights, "hh_norm", weights["weight_hh"] @ (h if h_mask is None else h_mask * h), gates)
+        if cell_type == "ln_lstm":
+            i, f, g, o = np.split(from_x + from_h, 4)
+            c = sigmoid(f) * state[1] + sigmoid(i) * np.tanh(g)
+            return [sigmoid(o) * np.tanh(normalised(weights, "memory_norm", c, 1)), c]
+        (x_r, x_z, x_n), (h_r, h_z, h_n) = np.split(from_x, 3), np.split(from_h, 3)
+        r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)
+        return [(1 - z) * np.tanh(x_n + r * h_n) + z * h]
     from_x = weights["weight_ih"] @ x + weights["bias_ih"]
     from_h = weights["weight_hh"] @ (h if h_mask is None else h_mask * h) + weights["bias_hh"]
     if cell_type == "lstm":
@@ -69,14 +92,15 @@ def cell_step(cell_type: str, weights: Weights, x: Array, state: State, zoneout:
 
 
 def zeros(cell_type: str, size: int) -> State:
-    return [np.zeros(size) for _ in range(2 if cell_type == "lstm" else 1)]
+    return [np.zeros(size) for _ in range(2 if cell_type in ("lstm", "ln_lstm", "ssru") else 1)]
 
 
 def run_layer(
     cell_type: str, weights: Weights, xs: Sequence[Array], zoneout: float = 0.0
 ) -> tuple[list[Array], State]:
     """All outputs in the order of `xs`, and the state after the last."""
-    state = zeros(cell_type, weights["weight_hh"].shape[1])
+    size = len(weights["bias_f"]) if cell_type == "ssru" else weights["weight_hh"].shape[1]
+    state = zeros(cell_type, size)
     outputs = []
     for x in xs:
         state = cell_step(cell_type, weights, x, state, zoneout)
@@ -131,6 +155,10 @@ def bridge(weights: Weights, config: RnnSeq2SeqConfig, encoded: Encoded) -> list
         summary = encoded.final[-1][0]
     flat = np.tanh(parameters["weight"] @ summary + parameters["bias"])
     return [list(np.split(part, len(first[0]))) for part in np.split(flat, depth)]
+
+
+# What `attend` knows; tests/test_attention.py has plain implementations of the others.
+ATTENTION_TYPES = ("none", "dot", "scaled_dot", "general", "additive", "normed_additive")
 
 
 def attend(weights: Weights, attention_type: str, query: Array, memory: Sequence[Array]) -> tuple[Array, Array]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import CONFIGURATIONS, name_of, ragged_batch, tiny_model
+from models import CONFIGURATIONS, batch_of, copying, name_of, ragged_batch, tiny_model
 from transformers import DynamicCache, GenerationConfig, TextStreamer, set_seed
 from transformers.generation.streamers import BaseStreamer
 
@@ -42,7 +42,7 @@ MODES: dict[str, dict[str, Any]] = {
 def generate(model: Any, source: torch.Tensor, mask: torch.Tensor, seed: int = 0, **options: Any) -> Any:
     set_seed(seed)
     options = {"max_new_tokens": 8, "return_dict_in_generate": True, "output_scores": True, **options}
-    return model.generate(source, attention_mask=mask, **options)
+    return model.generate(source, attention_mask=mask, **{**copying(model.config, source), **options})
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -69,6 +69,19 @@ def test_cached_equals_uncached(setting: dict[str, Any], mode: str) -> None:
 
 
 @pytest.mark.parametrize("setting", CONFIGURATIONS, ids=name_of)
+def test_beams_reorder_every_part_of_the_state(setting: dict[str, Any]) -> None:
+    model = tiny_model(**setting)
+    source, mask = ragged_batch(LENGTHS)
+    cached, uncached = (
+        generate(model, source, mask, num_beams=4, num_return_sequences=4, use_cache=use_cache, max_new_tokens=5)
+        for use_cache in (True, False)
+    )
+    assert torch.equal(cached.sequences, uncached.sequences)
+    assert torch.equal(cached.beam_indices, uncached.beam_indices)
+    torch.testing.assert_close(cached.sequences_scores, uncached.sequences_scores, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("setting", CONFIGURATIONS, ids=name_of)
 @pytest.mark.parametrize("beams", [1, 4])
 def test_batched_equals_single(setting: dict[str, Any], beams: int) -> None:
     model = tiny_model(**setting)
@@ -77,7 +90,9 @@ def test_batched_equals_single(setting: dict[str, Any], beams: int) -> None:
         together = generate(model, source, mask, num_beams=beams).sequences
         for row in range(len(LENGTHS)):
             ids = source[row][mask[row].bool()].unsqueeze(0)
-            alone = generate(model, ids, torch.ones_like(ids), num_beams=beams).sequences[0]
+            copy = {name: value[row][mask[row].bool()].unsqueeze(0)
+                    for name, value in copying(model.config, source).items()}  # fmt: skip
+            alone = generate(model, ids, torch.ones_like(ids), num_beams=beams, **copy).sequences[0]
             assert together[row, : len(alone)].tolist() == alone.tolist()
             # with padding 0, transformers' beam search fills up with the end of sequence
             assert torch.isin(together[row, len(alone) :], torch.tensor([0] if beams == 1 else [0, 2])).all()
@@ -140,8 +155,10 @@ def test_scores_of_beams_are_sums_of_log_probabilities() -> None:
 
 # Attention of what was generated
 
+ATTENDING = [s for s in CONFIGURATIONS if s["attention_type"] != "none" and s["encoder_type"] != "pyramidal"]
 
-@pytest.mark.parametrize("setting", [s for s in CONFIGURATIONS if s["attention_type"] != "none"][:10], ids=name_of)
+
+@pytest.mark.parametrize("setting", ATTENDING[:30], ids=name_of)
 @pytest.mark.parametrize(
     "options",
     [{}, {"num_beams": 4, "num_return_sequences": 3}, {"do_sample": True, "num_return_sequences": 2}],
@@ -150,6 +167,7 @@ def test_scores_of_beams_are_sums_of_log_probabilities() -> None:
 def test_generated_attentions_are_those_of_teacher_forcing(setting: dict[str, Any], options: dict[str, Any]) -> None:
     model = tiny_model(seed=2, **setting)
     source, mask = ragged_batch(LENGTHS)
+    batch = batch_of(model, source, mask)
     out = generate(model, source, mask, output_attentions=True, **options)
     matrices = model.generated_attentions(out)
     returned = options.get("num_return_sequences", 1)
@@ -160,13 +178,11 @@ def test_generated_attentions_are_those_of_teacher_forcing(setting: dict[str, An
         length = generated.index(2) + 1 if 2 in generated else len(generated)
         assert matrix.shape == (length, 5)
         forced = model(
-            source[row],
-            attention_mask=mask[row],
+            **{name: value[row] for name, value in batch.items()},
             decoder_input_ids=torch.tensor([sequence[:length]]),
             output_attentions=True,
         ).cross_attentions[0]
-        torch.testing.assert_close(matrix, forced[0, 0], rtol=0, atol=1e-10)
-        torch.testing.assert_close(matrix.sum(1), torch.ones(length).double(), rtol=0, atol=1e-10)
+        torch.testing.assert_close(matrix, forced[0].mean(0), rtol=0, atol=1e-10)
 
 
 def test_generated_attentions_after_a_prompt_have_a_row_per_generated_token() -> None:

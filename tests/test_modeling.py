@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CONFIGURATIONS, name_of, ragged_batch, tiny_model
+from models import CONFIGURATIONS, batch_of, name_of, ragged_batch, tiny_model
 from transformers import DynamicCache, StaticCache
 
-from hf_rnn_seq2seq import RnnSeq2SeqCache, attention
+from hf_rnn_seq2seq import RnnSeq2SeqCache, content_attention
 from hf_rnn_seq2seq.recurrent_layers import CELLS
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
@@ -20,29 +20,58 @@ TARGET = torch.tensor([[1, 4, 5, 6], [1, 7, 8, 3], [1, 9, 9, 4]])
 every_configuration = pytest.mark.parametrize("setting", CONFIGURATIONS, ids=name_of)
 
 
+def compare_logits(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Of [T, V] or, where source words are copied, [T, V + S], to the shorter source's."""
+    width = min(one.size(-1), other.size(-1))
+    torch.testing.assert_close(one[..., :width], other[..., :width], **CLOSE)
+    assert all((rest[..., width:] < -80).all() for rest in (one, other))  # nothing to copy there
+
+
 @every_configuration
 @pytest.mark.parametrize("side", ["right", "left", "both"])
 def test_padding_and_batching_change_nothing(setting: dict[str, Any], side: str) -> None:
     model = tiny_model(**setting)
     source, mask = ragged_batch(LENGTHS, side)
-    together = model(source, attention_mask=mask, decoder_input_ids=TARGET, output_attentions=True)
+    together = model(**batch_of(model, source, mask), decoder_input_ids=TARGET, output_attentions=True)
+    tokens = model.get_encoder()(source, mask).memory_mask
     for row in range(3):
         ids = source[row][mask[row].bool()].unsqueeze(0)
-        alone = model(ids, decoder_input_ids=TARGET[row : row + 1], output_attentions=True)
-        torch.testing.assert_close(together.logits[row], alone.logits[0], **CLOSE)
+        alone = model(
+            **({name: value[row : row + 1][:, mask[row].bool()] for name, value in batch_of(model, source).items()}),
+            decoder_input_ids=TARGET[row : row + 1],
+            output_attentions=True,
+        )
+        assert ids.size(1) == LENGTHS[row]
+        compare_logits(together.logits[row], alone.logits[0])
         for weights, expected in zip(together.cross_attentions, alone.cross_attentions, strict=True):
-            torch.testing.assert_close(weights[row][..., mask[row].bool()], expected[0], **CLOSE)
-            assert (weights[row][..., ~mask[row].bool()] == 0).all()
+            torch.testing.assert_close(weights[row][..., tokens[row]], expected[0], **CLOSE)
+            assert (weights[row][..., ~tokens[row]] == 0).all()
+
+
+@every_configuration
+def test_attention_sums_to_one(setting: dict[str, Any]) -> None:
+    model = tiny_model(**setting)
+    source, mask = ragged_batch(LENGTHS)
+    out = model(**batch_of(model, source, mask), decoder_input_ids=TARGET, output_attentions=True)
+    assert len(out.cross_attentions) == (setting["attention_type"] != "none")
+    for weights in out.cross_attentions:
+        assert weights.shape[:3] == (3, setting.get("attention_heads", 1), 4)
+        assert (weights >= 0).all()
+        total = weights.sum(-1)
+        one = (total - 1).abs() < 1e-10
+        # hard monotonic attention stops at one position, or has come to the end
+        assert (one | (total == 0)).all() if setting["attention_type"] == "monotonic" else one.all()
 
 
 @every_configuration
 def test_steps_equal_the_sequence(setting: dict[str, Any]) -> None:
     model = tiny_model(**setting)
     source, mask = ragged_batch(LENGTHS)
-    whole = model(source, attention_mask=mask, decoder_input_ids=TARGET, output_hidden_states=True)
+    batch = batch_of(model, source, mask)
+    whole = model(**batch, decoder_input_ids=TARGET, output_hidden_states=True)
     cache, logits = None, []
     for part in (TARGET[:, :1], TARGET[:, 1:3], TARGET[:, 3:]):
-        out = model(source, attention_mask=mask, decoder_input_ids=part, past_key_values=cache, use_cache=True)
+        out = model(**batch, decoder_input_ids=part, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         logits.append(out.logits)
     torch.testing.assert_close(torch.cat(logits, 1), whole.logits, **CLOSE)
@@ -50,8 +79,8 @@ def test_steps_equal_the_sequence(setting: dict[str, Any]) -> None:
     for one, other in zip(cache.state.tensors(), whole.past_key_values.state.tensors(), strict=True):
         torch.testing.assert_close(one, other, **CLOSE)
     sizes = [hidden.shape[-1] for hidden in whole.decoder_hidden_states]
-    assert sizes == [6] + [8] * setting["decoder_layers"]
-    assert len(whole.encoder_hidden_states) == 1 + setting["encoder_layers"]
+    assert sizes == [model.config.target_embedding_size] + [8] * setting["decoder_layers"]
+    assert len(whole.encoder_hidden_states) == 1 + model.config.encoder_layers
 
 
 @every_configuration
@@ -61,14 +90,19 @@ def test_left_padded_targets_equal_unpadded(setting: dict[str, Any]) -> None:
     source, _ = ragged_batch([4, 4])
     target = torch.tensor([[1, 4, 5, 6], [0, 0, 1, 7]])
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
-    together = model(source, decoder_input_ids=target, decoder_attention_mask=mask).logits
-    torch.testing.assert_close(together[0], model(source[:1], decoder_input_ids=target[:1]).logits[0], **CLOSE)
-    alone = model(source[1:], decoder_input_ids=target[1:, 2:]).logits
+    batch = batch_of(model, source)
+    first, second = ({name: value[row : row + 1] for name, value in batch.items()} for row in (0, 1))
+    together = model(**batch, decoder_input_ids=target, decoder_attention_mask=mask).logits
+    torch.testing.assert_close(together[0], model(**first, decoder_input_ids=target[:1]).logits[0], **CLOSE)
+    alone = model(**second, decoder_input_ids=target[1:, 2:]).logits
     torch.testing.assert_close(together[1, 2:], alone[0], **CLOSE)
     # a mask that covers the cached tokens, too, as generate() hands it on
-    first = model(source, decoder_input_ids=target[:, :2], decoder_attention_mask=mask[:, :2], use_cache=True)
+    begun = model(**batch, decoder_input_ids=target[:, :2], decoder_attention_mask=mask[:, :2], use_cache=True)
     rest = model(
-        source, decoder_input_ids=target[:, 2:], decoder_attention_mask=mask, past_key_values=first.past_key_values
+        **batch,
+        decoder_input_ids=target[:, 2:],
+        decoder_attention_mask=mask,
+        past_key_values=begun.past_key_values,
     )
     torch.testing.assert_close(rest.logits, together[:, 2:], **CLOSE)
 
@@ -76,15 +110,17 @@ def test_left_padded_targets_equal_unpadded(setting: dict[str, Any]) -> None:
 @every_configuration
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(setting: dict[str, Any], reentrant: bool) -> None:
-    model = tiny_model(**setting, recurrent_dropout=0.3, output_dropout=0.3).train()
+    recurrent = 0.0 if "ssru" in (setting["cell_type"], setting["decoder_cell_type"]) else 0.3
+    model = tiny_model(**setting, recurrent_dropout=recurrent, output_dropout=0.3).train()
     source, mask = ragged_batch(LENGTHS)
+    batch = batch_of(model, source, mask)
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
         model.zero_grad()
         torch.manual_seed(5)
-        loss = model(source, attention_mask=mask, labels=TARGET).loss
+        loss = model(**batch, labels=TARGET).loss
         loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
@@ -98,7 +134,7 @@ def test_gradient_checkpointing_changes_nothing(setting: dict[str, Any], reentra
 def test_every_parameter_is_used(setting: dict[str, Any]) -> None:
     model = tiny_model(**setting).train()
     source, mask = ragged_batch(LENGTHS)
-    model(source, attention_mask=mask, labels=TARGET).loss.backward()
+    model(**batch_of(model, source, mask), labels=TARGET).loss.backward()
     unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     # Decoders that never look at the source have an encoder for nothing; that is the setting's own fault.
     blind = setting["attention_type"] == "none" and setting["bridge_type"] == "zeros"
@@ -147,8 +183,8 @@ def test_energies_in_parts_equal_the_whole(attention_type: str, monkeypatch: pyt
     model = tiny_model(attention_type=attention_type, wiring_type="output_only")
     source, mask = ragged_batch(LENGTHS)
     seen = []
-    for limit in (attention.MAX_ENERGIES, 2 * 3 * 5 * 8, 1):  # all, two target positions, one
-        monkeypatch.setattr(attention, "MAX_ENERGIES", limit)
+    for limit in (content_attention.MAX_ENERGIES, 2 * 3 * 5 * 8, 1):  # all, two target positions, one
+        monkeypatch.setattr(content_attention, "MAX_ENERGIES", limit)
         model.zero_grad()
         out = model(source, attention_mask=mask, labels=TARGET)
         out.logits.sin().sum().backward()
@@ -176,16 +212,17 @@ def test_variational_dropout_keeps_its_mask() -> None:
 
 
 def test_a_source_of_padding_alone_is_finite() -> None:
-    for setting in CONFIGURATIONS[:12]:
+    for setting in CONFIGURATIONS[:40]:
         model = tiny_model(**setting)
         source, mask = ragged_batch([3, 2])
         mask[1] = 0
-        out = model(source, attention_mask=mask, labels=TARGET[:2], output_attentions=True)
+        batch = batch_of(model, source, mask)
+        out = model(**batch, labels=TARGET[:2], output_attentions=True)
         assert torch.isfinite(out.logits).all()
         assert torch.isfinite(out.loss)
         assert all((weights[1] == 0).all() for weights in out.cross_attentions)
-        generated = model.generate(source, attention_mask=mask, max_new_tokens=3)
-        alone = model.generate(source[:1], attention_mask=mask[:1], max_new_tokens=3)
+        generated = model.generate(**batch, max_new_tokens=3)
+        alone = model.generate(**{name: value[:1] for name, value in batch.items()}, max_new_tokens=3)
         assert generated[0].tolist()[: alone.size(1)] == alone[0].tolist()
 
 
@@ -351,7 +388,7 @@ def test_cache_moves_as_a_whole(wiring: str) -> None:
     start = model(encoder_outputs=encoded, decoder_input_ids=TARGET[:, :2]).past_key_values
 
     def after(rows: list[int], cache: RnnSeq2SeqCache) -> torch.Tensor:
-        chosen = tuple(tensor[rows] for tensor in encoded.to_tuple())
+        chosen = tuple(None if tensor is None else tensor[rows] for tensor in encoded.to_tuple())
         return model(encoder_outputs=chosen, decoder_input_ids=TARGET[rows][:, 2:], past_key_values=cache).logits
 
     plain = after([0, 1, 2], copy.deepcopy(start))

@@ -226,10 +226,18 @@ def test_every_field_of_the_configuration_is_a_flag(tmp_path):
             assert args.config.keys() == {field.name}
 
 
+def test_a_preset_and_what_changes_it(tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--train_file", "x.tsv", "--preset", "kann2016_med", "--hidden_size", "50"]
+    config = parse_arguments(flags).config
+    assert (config["hidden_size"], config["embedding_size"], config["wiring_type"]) == (50, 300, "bahdanau")
+    with pytest.raises(ArgumentError, match="--preset kann: there is no such preset; there are: sutskever2014"):
+        parse_arguments([*flags, "--preset", "kann"])
+
+
 def test_configuration_helps_come_from_its_docstring():
     helps = config_helps()
     assert helps["hidden_size"].startswith("Width H of the decoder's layers")
-    assert helps["encoder_layers"] == helps["decoder_layers"] == "Number of recurrent layers."
+    assert helps["encoder_layers"] == helps["decoder_layers"] == "Number of layers."
 
 
 def test_recipe_and_overrides(tmp_path, monkeypatch):

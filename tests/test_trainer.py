@@ -99,6 +99,15 @@ def test_smoothed_loss_gives_no_perplexity(make_trainer):
     assert "eval_perplexity" not in metrics
 
 
+@pytest.mark.parametrize("field", [{"output_normalizer": "sparsemax"}, {"coverage_loss_weight": 1.0}])
+def test_a_loss_that_is_no_likelihood_gives_no_perplexity(make_trainer, field):
+    trainer = make_trainer(max_steps=1)
+    trainer.model = RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqConfig(**{**trainer.model.config.to_dict(), **field}))
+    metrics = trainer.evaluate()
+    assert "eval_loss" in metrics
+    assert "eval_perplexity" not in metrics
+
+
 def test_predictions_keep_the_order_and_number_of_rows(make_trainer):
     trainer = make_trainer()
     with torch.no_grad():  # an untrained model would predict the same for every source

@@ -2,6 +2,9 @@
 
     python run_generate.py --model_name_or_path outputs/g2p --input_file words.txt --num_beams 5
     zcat big.gz | python run_generate.py --model_name_or_path outputs/en-de --output_format jsonl > out.jsonl
+    python run_generate.py --model_name_or_path outputs/lstm outputs/gru --replace_unknown --dictionary de-en.tsv
+
+Several models, which must have been made with the same tokenizer, generate as an ensemble.
 
 Every input line gives `num_return_sequences` lines of text (one, unless asked otherwise), empty ones for a blank line,
 so that input and output stay aligned. With `--output_format jsonl` it gives one JSON object instead:
@@ -10,7 +13,8 @@ so that input and output stay aligned. With `--output_format jsonl` it gives one
 
 best first under beam search. `log_probability` is the model's own, natural, of all tokens up to and with the end of
 sequence, whatever sampling or penalties chose them; `score` is log_probability / number of tokens ** length_penalty,
-by which beam search ranks. For blank lines both are null.
+or what takes its place with GNMT's penalties, by which beam search ranks (but a diversity penalty is left out). For
+blank lines both are null.
 """
 
 import gzip
@@ -21,7 +25,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, cast
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -37,15 +41,24 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 import hf_rnn_seq2seq  # noqa: F401  # registers the model with the Auto classes
+from hf_rnn_seq2seq.beam_options import take_options
+from hf_rnn_seq2seq.ensemble import ENSEMBLE_FILE, Average, RnnSeq2SeqEnsemble
+from hf_rnn_seq2seq.unknown_words import read_dictionary, replace_unknown_words, tokenize_with_words
 
 MAX_NEW_TOKENS = 256  # where neither the arguments nor the model name a limit; transformers would stop at 20
+BEAM_OPTIONS = ("gnmt_length_penalty", "coverage_penalty", "num_beam_groups", "diversity_penalty")
 
 
 @dataclass
 class GenerateArguments:
     """Generation options that are not given keep the value in the model's generation_config.json."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder of a saved model, or its name on the Hub."})
+    model_name_or_path: list[str] = field(
+        metadata={"help": "Folder of a saved model or ensemble, or a name on the Hub. Several models are an ensemble."}
+    )
+    ensemble_average: Average | None = field(
+        default=None, metadata={"help": "What an ensemble averages; probabilities, unless a saved one says otherwise."}
+    )
     input_file: str = field(
         default="-", metadata={"help": "UTF-8 text, one source a line, plain or .gz; - is standard input."}
     )
@@ -63,9 +76,31 @@ class GenerateArguments:
     length_penalty: float | None = field(
         default=None, metadata={"help": "Power of the length that divides a beam's log-probability; > 0 favours long."}
     )
+    gnmt_length_penalty: float | None = field(
+        default=None, metadata={"help": "GNMT's length penalty alpha, in place of length_penalty."}
+    )
+    coverage_penalty: float | None = field(
+        default=None, metadata={"help": "GNMT's coverage penalty beta: favours beams that attend to the whole source."}
+    )
+    num_beam_groups: int | None = field(
+        default=None, metadata={"help": "Groups of beams for diverse beam search; needs diversity_penalty."}
+    )
+    diversity_penalty: float | None = field(
+        default=None, metadata={"help": "What a token loses for every beam of an earlier group that took it."}
+    )
+    force_words: list[str] = field(
+        default_factory=list, metadata={"help": "Target words or phrases that every output must contain."}
+    )
     generation_options: list[str] = field(
         default_factory=list,
         metadata={"help": "Any other fields of GenerationConfig as name=value, values in JSON: early_stopping=true"},
+    )
+    replace_unknown: bool = field(
+        default=False, metadata={"help": "Put the most attended source word in place of each unknown word."}
+    )
+    dictionary: str | None = field(
+        default=None,
+        metadata={"help": "Translations of source words for replace_unknown: a line is word, tab, translation."},
     )
     batch_size: int = field(default=32, metadata={"help": "Lines generated for at once."})
     chunk_size: int = field(
@@ -118,7 +153,8 @@ def make_generation_config(args: GenerateArguments, model_config: GenerationConf
     Raises:
         SystemExit: an option that doesn't exist, or a combination that has no effect or no meaning.
     """
-    names = ("num_beams", "num_return_sequences", "temperature", "top_k", "top_p", "max_new_tokens", "length_penalty")
+    names = ["num_beams", "num_return_sequences", "temperature", "top_k", "top_p", "max_new_tokens", "length_penalty"]
+    names += BEAM_OPTIONS
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.do_sample:
         options["do_sample"] = True
@@ -153,18 +189,44 @@ def make_generation_config(args: GenerateArguments, model_config: GenerationConf
         for name in ("temperature", "top_k", "top_p"):
             if name in options:
                 raise SystemExit(f"--{name} {options[name]} needs --do_sample")
-    if "length_penalty" in options and beams == 1:
-        raise SystemExit(f"--length_penalty {options['length_penalty']} needs --num_beams greater than 1")
+    for name in ("length_penalty", *BEAM_OPTIONS):
+        if name in options and beams == 1:
+            raise SystemExit(f"--{name} {options[name]} needs --num_beams greater than 1")
+    if args.force_words and beams == 1:
+        raise SystemExit(f"--force_words {' '.join(args.force_words)} needs --num_beams greater than 1")
+    # The two length penalties exclude each other, too.
+    if "gnmt_length_penalty" in options:
+        merged["length_penalty"] = options.get("length_penalty", 1.0)
+    elif "length_penalty" in options:
+        merged["gnmt_length_penalty"] = None
     try:
-        return GenerationConfig.from_dict(merged)
+        config = GenerationConfig.from_dict(merged)
+        if options.keys() & set(BEAM_OPTIONS):  # what generate() would refuse later
+            penalty = merged.get("length_penalty")
+            defaults = {"num_beams": beams, "length_penalty": 1.0 if penalty is None else penalty}
+            take_options(GenerationConfig.from_dict({**merged, **defaults}), {}, {})
     except (ValueError, TypeError) as error:
         raise SystemExit(f"generation options: {error}") from error
+    return config
 
 
-def log_probabilities(
+def force_words_ids(words: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The target's ids of each word or phrase.
+
+    Raises:
+        SystemExit: a word that the vocabulary lacks.
+    """
+    rows = [tokenizer(text_target=word, add_special_tokens=False)["input_ids"] for word in words]
+    for word, row in zip(words, rows, strict=True):
+        if not row or tokenizer.unk_token_id in row:
+            raise SystemExit(f"--force_words {word}: not in the model's target vocabulary")
+    return rows
+
+
+def score_sequences(
     model: PreTrainedModel, inputs: dict[str, torch.Tensor], sequences: torch.Tensor, config: GenerationConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each generated sequence and its number of tokens, both [N], from one teacher-forced pass.
+    """Score and log-probability of each generated sequence, both [N], from one teacher-forced pass.
 
     Args:
         inputs: [B, S] tensors; N is a multiple of B, the outputs for one source following each other.
@@ -172,9 +234,11 @@ def log_probabilities(
     """
     repeats = len(sequences) // len(inputs["input_ids"])
     inputs = {name: tensor.repeat_interleave(repeats, dim=0) for name, tensor in inputs.items()}
-    logits = model(**inputs, decoder_input_ids=sequences[:, :-1], use_cache=False).logits  # [N, T, V]
+    beta = getattr(config, "coverage_penalty", None)
+    attention = {"output_attentions": True} if beta else {}
+    outputs = model(**inputs, decoder_input_ids=sequences[:, :-1], use_cache=False, **attention)
     tokens = sequences[:, 1:]
-    scores = logits.float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)  # [N, T]
+    scores = outputs.logits.float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)  # [N, T]
 
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     is_end = torch.isin(tokens, torch.tensor([end for end in ends if end is not None], device=tokens.device))
@@ -182,7 +246,17 @@ def log_probabilities(
     if config.stop_strings and config.pad_token_id is not None:  # these end a sequence without one: padding follows
         padding = (tokens == config.pad_token_id).flip(-1).cumprod(-1).flip(-1).bool()
         counts &= is_end.any(-1, keepdim=True) | ~padding
-    return (scores * counts).sum(-1), counts.sum(-1)
+    total, length = (scores * counts).sum(-1), counts.sum(-1)
+
+    alpha = getattr(config, "gnmt_length_penalty", None)
+    penalty = 1.0 if config.length_penalty is None else config.length_penalty
+    score = total / length**penalty if alpha is None else total / ((5 + length) / 6) ** alpha
+    if beta:  # Wu et al. 2016, eq. 14
+        attended = (outputs.cross_attentions[-1].float().mean(1) * counts[..., None]).sum(1)  # [N, S]
+        encoded = model.get_encoder()(inputs["input_ids"], inputs["attention_mask"], return_dict=True)
+        covered = attended.clamp(torch.finfo(torch.float32).tiny, 1.0).log() * encoded.memory_mask
+        score = score + beta * covered.sum(-1)
+    return score, total
 
 
 @torch.inference_mode()
@@ -193,9 +267,14 @@ def generate_for(
     *,
     batch_size: int,
     with_scores: bool,
+    dictionary: dict[str, str] | None,
     progress: tqdm,
 ) -> list[list[Prediction]]:
-    """Predictions for each line, in the order of the lines, as many and as found as `model.generation_config` says."""
+    """Predictions for each line, in the order of the lines, as many and as found as `model.generation_config` says.
+
+    Args:
+        dictionary: `None` leaves unknown words out; with any other, even an empty one, source words take their place.
+    """
     config = model.generation_config
     outputs = config.num_return_sequences or 1
     predictions = [[Prediction("", None, None)] * outputs for _ in lines]
@@ -203,18 +282,31 @@ def generate_for(
     # A line of white space may still encode to an end of sequence, for which a model would make something up.
     order = sorted((i for i, line in enumerate(lines) if line.strip() and ids[i]), key=lambda i: -len(ids[i]))
     progress.update(len(lines) - len(order))
-    extra = {"tokenizer": tokenizer} if config.stop_strings else {}  # generate() takes it for nothing else
+    extra: dict[str, Any] = (
+        {"tokenizer": tokenizer} if config.stop_strings else {}
+    )  # generate() takes it for nothing else
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
-        inputs = {name: padded[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        sequences = model.generate(**inputs, **extra)  # type: ignore[operator]  # declared nowhere
-        texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        sources = [lines[i] for i in batch]
+        if dictionary is None:
+            padded = tokenizer(sources, padding=True, return_tensors="pt")
+        else:
+            padded, words = tokenize_with_words(tokenizer, sources, padding=True, return_tensors="pt")
+            extra["output_attentions"] = True
+        names = [name for name in ("input_ids", "attention_mask", "copy_ids") if name in padded]
+        inputs = {name: padded[name].to(model.device) for name in names}
+        output = model.generate(**inputs, **extra, return_dict_in_generate=True)  # type: ignore[operator]  # declared nowhere
+        sequences = output.sequences
+        if dictionary is None:
+            copied: dict[str, Any] = {"source_texts": sources} if "copy_ids" in inputs else {}
+            texts = tokenizer.batch_decode(sequences, skip_special_tokens=True, **copied)
+        else:
+            # A recurrent model and a fast tokenizer, or the words could not have been had.
+            texts = replace_unknown_words(cast(Any, model), output, cast(Any, tokenizer), words, dictionary)
         scores: list[tuple[float | None, float | None]] = [(None, None)] * len(texts)
         if with_scores:
-            total, length = log_probabilities(model, inputs, sequences, config)
-            penalty = 1.0 if config.length_penalty is None else config.length_penalty
-            scores = list(zip((total / length**penalty).tolist(), total.tolist(), strict=True))
+            score, log_probability = score_sequences(model, inputs, sequences, config)
+            scores = list(zip(score.tolist(), log_probability.tolist(), strict=True))
         for row, i in enumerate(batch):
             rows = range(row * outputs, (row + 1) * outputs)
             predictions[i] = [Prediction(texts[k], *scores[k]) for k in rows]
@@ -248,6 +340,8 @@ def check_arguments(args: GenerateArguments) -> None:
         raise SystemExit(f"--temperature {args.temperature}: must be greater than 0 (the likeliest: no --do_sample)")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise SystemExit(f"--top_p {args.top_p}: must be greater than 0 and at most 1")
+    if args.dictionary is not None and not args.replace_unknown:
+        raise SystemExit(f"--dictionary {args.dictionary} needs --replace_unknown")
     if args.input_file != "-" and not Path(args.input_file).is_file():
         raise SystemExit(f"--input_file {args.input_file}: no such file")
     if args.output_file != "-" and not Path(args.output_file).resolve().parent.is_dir():
@@ -259,6 +353,40 @@ def check_arguments(args: GenerateArguments) -> None:
         raise SystemExit(f"--output_file {args.output_file}: is the input file, which would be overwritten")
 
 
+def load(args: GenerateArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model or ensemble, and its tokenizer.
+
+    Raises:
+        SystemExit: they can't be loaded, or don't go together.
+    """
+    names = args.model_name_or_path
+    several = len(names) > 1 or (Path(names[0]) / ENSEMBLE_FILE).is_file()
+    if args.ensemble_average is not None and not several:
+        raise SystemExit(f"--ensemble_average {args.ensemble_average} needs several models")
+    loading: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    try:
+        tokenizers = [AutoTokenizer.from_pretrained(name, **loading) for name in names]
+        sides = [(one.get_vocab(), getattr(one, "source_tokenizer", one).get_vocab()) for one in tokenizers]
+        for name, side in zip(names, sides, strict=True):
+            if side != sides[0]:
+                raise ValueError(f"the vocabulary of {name} is another one than that of {names[0]}")
+        loading["dtype"] = args.dtype
+        model: PreTrainedModel
+        if several:
+            ensemble = names if len(names) > 1 else names[0]
+            model = RnnSeq2SeqEnsemble.from_pretrained(ensemble, args.ensemble_average, **loading)
+        else:
+            model = AutoModelForSeq2SeqLM.from_pretrained(names[0], **loading)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--model_name_or_path {' '.join(names)}: {error}") from error
+    for option in ("replace_unknown", "coverage_penalty"):
+        if getattr(args, option) and getattr(model.config, "attention_type", "none") == "none":
+            raise SystemExit(f"--{option} needs a recurrent model with attention")
+    if args.replace_unknown and model.config.head_type == "pointer_generator":
+        raise SystemExit("--replace_unknown: this model (`head_type`='pointer_generator') copies words by itself")
+    return model, tokenizers[0]
+
+
 def main() -> None:
     parser = HfArgumentParser(GenerateArguments)  # type: ignore[arg-type]  # its annotation asks for instances
     (args,) = parser.parse_args_into_dataclasses()
@@ -268,14 +396,15 @@ def main() -> None:
     if not show_progress:
         disable_progress_bar()  # of loading
     try:
-        loading = {"trust_remote_code": args.trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, **loading)
-        model = AutoModelForSeq2SeqLM.from_pretrained(args.model_name_or_path, dtype=args.dtype, **loading)
+        dictionary = {} if args.dictionary is None else read_dictionary(args.dictionary)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"--model_name_or_path {args.model_name_or_path}: {error}") from error
+        raise SystemExit(f"--dictionary: {error}") from error
+    model, tokenizer = load(args)
     model = model.to(args.device).eval()
     # Put into its place, since generate() fills what a configuration handed to it leaves open from the model's.
     model.generation_config = make_generation_config(args, model.generation_config)
+    if args.force_words:
+        model.generation_config.force_words_ids = force_words_ids(args.force_words, tokenizer)
 
     count_lines = show_progress and args.input_file != "-"
     total = sum(1 for _ in read_lines(args.input_file)) if count_lines else None
@@ -293,6 +422,7 @@ def main() -> None:
                 tokenizer,
                 batch_size=args.batch_size,
                 with_scores=args.output_format == "jsonl",
+                dictionary=dictionary if args.replace_unknown else None,
                 progress=progress,
             )
             write_predictions(output, chunk, predictions, args.output_format)

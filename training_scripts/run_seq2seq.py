@@ -32,7 +32,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration
 from hf_rnn_seq2seq.arguments import ArgumentError, ScriptArguments, parse_arguments
-from hf_rnn_seq2seq.configuration_rnn_seq2seq import REGULARIZATION
+from hf_rnn_seq2seq.configuration_rnn_seq2seq import TRAINING_ONLY
 from hf_rnn_seq2seq.data import DataError, load_data, prepare_data
 from hf_rnn_seq2seq.metrics import METRICS, compute_metrics_for
 from hf_rnn_seq2seq.metrics.bleu.bleu import TOKENIZERS
@@ -220,9 +220,14 @@ def texts(dataset: datasets.Dataset, column: str) -> Iterator[str]:
 
 def train_tokenizer(args: ScriptArguments, train: datasets.Dataset) -> PreTrainedTokenizerBase:
     try:
-        return build_tokenizer(texts(train, "source"), texts(train, "target"), args.tokenizer)
+        tokenizer = build_tokenizer(texts(train, "source"), texts(train, "target"), args.tokenizer)
     except ValueError as error:
         raise ArgumentError(str(error)) from error
+    if args.config.get("head_type") == "pointer_generator":  # which copies words outside the vocabulary, too
+        if not isinstance(tokenizer, RnnSeq2SeqTokenizer):
+            tokenizer = RnnSeq2SeqTokenizer(tokenizer, tokenizer)
+        tokenizer.copies_source = True
+    return tokenizer
 
 
 def load_tokenizer(args: ScriptArguments, saved: str) -> PreTrainedTokenizerBase:
@@ -234,14 +239,15 @@ def load_tokenizer(args: ScriptArguments, saved: str) -> PreTrainedTokenizerBase
 
 def new_model(args: ScriptArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A model of random weights for the tokenizer's vocabularies and the configuration's flags."""
-    two_sides = isinstance(tokenizer, RnnSeq2SeqTokenizer)
+    two_sides = isinstance(tokenizer, RnnSeq2SeqTokenizer) and not args.tokenizer.shared_vocabulary
     fields = {
-        "vocab_size": tokenizer.target_vocab_size if two_sides else len(tokenizer),
+        "vocab_size": len(tokenizer),  # of a pair, the target's
         "source_vocab_size": tokenizer.source_vocab_size if two_sides else None,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "decoder_start_token_id": tokenizer.bos_token_id,
+        "unk_token_id": tokenizer.unk_token_id,
     }
     try:
         return RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqConfig(**{**fields, **args.config}))
@@ -252,12 +258,12 @@ def new_model(args: ScriptArguments, tokenizer: PreTrainedTokenizerBase) -> PreT
 def load_model(args: ScriptArguments, saved: str) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(saved)
     for name, value in args.config.items():
-        if name in REGULARIZATION:
+        if name in TRAINING_ONLY:
             continue
         saved_value = getattr(config, name, None)
         if value != saved_value:
             raise ArgumentError(f"--{name} {value}: the model of {saved} has {saved_value}, which can't be changed")
-    changed = {name: args.config[name] for name in REGULARIZATION if name in args.config}
+    changed = {name: args.config[name] for name in TRAINING_ONLY if name in args.config}
     return AutoModelForSeq2SeqLM.from_pretrained(saved, **changed)
 
 

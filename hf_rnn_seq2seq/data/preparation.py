@@ -32,9 +32,9 @@ class PreparedData:
     """Tokenized data.
 
     Args:
-        datasets: for each split the columns `input_ids`, `labels` (unless the split has no target), `length` (source
-            plus target, in tokens: what batches are grouped by), `source`, and `target` and `references` where there
-            are any.
+        datasets: for each split the columns `input_ids`, `labels` (unless the split has no target), `copy_ids` (if
+            the tokenizer makes them), `length` (source plus target, in tokens: what batches are grouped by), `source`,
+            and `target` and `references` where there are any.
         drops: for each split what was dropped.
     """
 
@@ -61,7 +61,7 @@ def prepare_data(
 
     Args:
         data: the result of [`load_data`].
-        tokenizer: called as `tokenizer(sources)` and `tokenizer(text_target=targets)`.
+        tokenizer: called as `tokenizer(sources, text_target=targets)`.
         arguments: the maximum lengths, and how many processes work.
         source_vocab_size, target_vocab_size: rows of the model's two embeddings.
 
@@ -102,13 +102,22 @@ def encode_batch(
     max_lengths: tuple[int, int] | None,
 ) -> dict[str, list[list[int]] | list[int]]:
     """Token ids of a batch of rows, their lengths, and each row's fate: kept, empty or too long."""
-    sides = [batch["source"]]
-    ids = [tokenizer(batch["source"])["input_ids"]]
-    if "target" in batch:
-        sides.append(batch["target"])
-        ids.append(tokenizer(text_target=batch["target"])["input_ids"])
-    for name, texts, rows, vocab_size in zip(("source", "target"), sides, ids, vocab_sizes, strict=False):
-        check_ids(name, texts, rows, vocab_size)
+    columns = ("source", "target") if "target" in batch else ("source",)
+    sides = [batch[name] for name in columns]
+    encoding = tokenizer(batch["source"], text_target=batch.get("target"))
+    ids = [encoding[name] for name in ("input_ids", "labels")[: len(sides)]]
+    copy_ids = encoding.get("copy_ids")
+    if copy_ids is None:
+        sizes = vocab_sizes
+    elif len(tokenizer) == vocab_sizes[1]:
+        sizes = vocab_sizes[0], vocab_sizes[1] + max(map(len, copy_ids))  # targets may hold words of the source
+    else:
+        raise DataError(
+            f"The tokenizer numbers source words outside its vocabulary from {len(tokenizer)}, its size, but the "
+            f"model's target vocabulary has {vocab_sizes[1]} ids: the tokenizer and the model don't belong together."
+        )
+    for name, texts, rows, size in zip(columns, sides, ids, sizes, strict=False):
+        check_ids(name, texts, rows, size)
     fate = []
     for pair, rows in zip(zip(*sides, strict=True), zip(*ids, strict=True), strict=True):
         if len(pair) == 2 and not all(text.strip() for text in pair):
@@ -124,6 +133,8 @@ def encode_batch(
     }
     if len(ids) == 2:
         encoded["labels"] = ids[1]
+    if copy_ids is not None:
+        encoded["copy_ids"] = copy_ids
     return encoded
 
 
