@@ -68,6 +68,49 @@ class RunArguments:
     num_attention_plots: int = field(
         default=0, metadata={"help": "Draw the attention over the first so many test rows, in attention_plots/."}
     )
+    source_embeddings_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "First weights of the source embeddings, for a new model: word2vec, GloVe or fastText vectors as "
+            "text, plain or .gz, as wide as --embedding_size. With one shared vocabulary, of both sides."
+        },
+    )
+    target_embeddings_file: str | None = field(
+        default=None, metadata={"help": "The same for the target embeddings of a model with two vocabularies."}
+    )
+    freeze_source_embeddings: bool = field(
+        default=False,
+        metadata={
+            "help": "Do not train the source embeddings, whether a token's vector was found or not; with one shared "
+            "vocabulary, those of both sides."
+        },
+    )
+    freeze_target_embeddings: bool = field(
+        default=False,
+        metadata={
+            "help": "The same for the target embeddings of a model with two vocabularies and, with "
+            "--tie_word_embeddings, the output layer."
+        },
+    )
+    hp_search: str | None = field(
+        default=None,
+        metadata={
+            "help": "Search hyperparameters with Optuna instead of training one model: a YAML file of training "
+            "arguments and configuration fields, as `learning_rate: {type: float, low: 1.0e-4, high: 1.0e-2, log: "
+            "true}`, `hidden_size: {type: int, low: 128, high: 512, step: 128}`, `cell_type: {type: categorical, "
+            "choices: [lstm, gru]}`. Judged by --metric_for_best_model, or the loss, on the validation data."
+        },
+    )
+    hp_trials: int = field(
+        default=20, metadata={"help": "With --hp_search: go on until the study has so many finished trials."}
+    )
+    hp_storage: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --hp_search: the study's SQLite file, or an SQLAlchemy URL; by default study.db in "
+            "--output_dir. A study that is there is gone on with."
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Train into an output_dir that isn't empty; checkpoints of the run before are removed."},

@@ -12,6 +12,7 @@ from torch import nn
 from .attention import PreparedMemory
 from .cache_rnn_seq2seq import DecoderState
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
+from .scheduled_sampling import OwnInputs
 from .wirings import WIRINGS, StepOutput
 
 
@@ -35,25 +36,35 @@ class RnnSeq2SeqDecoder(nn.Module):
         self.embed_tokens = value
 
     def forward(
-        self, x: torch.Tensor, state: DecoderState, prepared: PreparedMemory, mask: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        state: DecoderState,
+        prepared: PreparedMemory,
+        mask: torch.Tensor | None = None,
+        own: OwnInputs | None = None,
     ) -> tuple[StepOutput, DecoderState]:
         """
-        Every way to run the model comes through here: teacher forcing with T tokens, generation with one.
+        Every way to run the model comes through here: teacher forcing and scheduled sampling with T tokens,
+        generation with one.
 
         Args:
             x: embedded target tokens, [B, T, E].
             state: the state before the first of them.
             prepared: the source, as `wiring.attention.prepare` makes it.
             mask: true at tokens, [B, T]; the state passes over the rest unchanged.
+            own: predictions that are read in place of some of `x`. Any wiring then goes step by step.
 
         Returns:
             features [B, T, F], attention weights [B, heads, T, S], `gate_input` [B, T, *], every layer's outputs
             [B, T, H]; the last state.
         """
         x = self.embedding_dropout(x)
-        at_once = mask is None and not self.wiring.sequential
-        steps = []
+        at_once = mask is None and own is None and not self.wiring.sequential
+        steps: list[StepOutput] = []
         for t, x_t in enumerate((x,) if at_once else x.split(1, dim=1)):
+            if own is not None and steps:
+                predicted = self.embedding_dropout(own.embed(steps[-1], self.embed_tokens))
+                x_t = torch.where(own.chosen[:, t, None, None], predicted.to(x_t.dtype), x_t)
             output, new_state = self._run(x_t, state, prepared)
             state = new_state if mask is None else new_state.where(mask[:, t], state)
             steps.append(output)

@@ -7,8 +7,11 @@ sum divided by it: the number of labels in all of an accumulated batch, so that 
 Shapes: B batch, T target, V vocabulary, S source, N = B T.
 """
 
+import math
+
 import torch
 from torch.autograd.function import BackwardCFunction, FunctionCtx
+from torch.nn import functional as F
 from transformers.loss.loss_utils import ForMaskedLMLoss
 
 from .normalizers import NORMALIZERS
@@ -102,6 +105,44 @@ def token_loss(
     weights = NORMALIZERS[normalizer](flat, None)
     losses = _FenchelYoungLoss.apply(flat, weights, labels.masked_fill(~labelled, 0), normalizer)
     return reduce_loss(losses, labelled, num_items_in_batch)
+
+
+def smoothing_loss(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """
+    z_y - mean(z), which with weight epsilon makes [`token_loss`] that of smoothed labels for every normaliser (Szegedy
+    et al. 2016; for Fenchel-Young losses Peters & Martins 2021):
+
+        L(z, y) + epsilon (z_y - mean(z)) = L(z, q) + const,  q = (1 - epsilon) e_y + epsilon / V
+
+    whose gradient is p - q. The constant is the entropy of q, as in cross entropy.
+
+    Args:
+        scores: [B, T, V], or [B, T, W] where the W - V last slots are source words outside of the vocabulary. Of
+            these only such as a head that copies gives more than its least log-probability have a part in the mean:
+            there are as many slots as source positions, most of which no word uses.
+        labels: [B, T], -100 where no loss is wanted.
+        vocab_size: V.
+        num_items_in_batch: see the head of this file.
+
+    Returns:
+        A scalar in float32, or float64 for such scores; 0 without any label.
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    labels = labels.to(scores.device)
+    labelled = labels != IGNORED
+    gold = scores.gather(-1, labels.masked_fill(~labelled, 0).unsqueeze(-1)).squeeze(-1)
+    if scores.size(-1) == vocab_size:
+        mean = scores.mean(-1)
+    else:
+        least = math.log(torch.finfo(torch.float32).tiny)
+        real = F.pad(scores[..., vocab_size:] > least * (1 - 1e-6), (vocab_size, 0), value=True)
+        mean = scores.masked_fill(~real, 0).sum(-1) / real.sum(-1)
+    return reduce_loss(gold - mean, labelled, num_items_in_batch)
 
 
 def log_probabilities(scores: torch.Tensor, normalizer: str) -> torch.Tensor:

@@ -1,7 +1,9 @@
 """The `PreTrainedModel` shell around encoder, decoder and head: first weights, embeddings, loss, generation hooks."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,7 +22,9 @@ from .decoder import RnnSeq2SeqDecoder
 from .encoders import RnnSeq2SeqEncoder, RnnSeq2SeqEncoderOutput
 from .generation_rnn_seq2seq import RnnSeq2SeqGenerationMixin
 from .heads import HEADS, HeadInput, check_copy_ids
-from .losses import coverage_loss, log_probabilities, token_loss
+from .losses import coverage_loss, log_probabilities, smoothing_loss, token_loss
+from .scheduled_sampling import OwnInputs, ScheduledSampling
+from .wirings import StepOutput
 
 
 def shift_tokens_right(
@@ -48,6 +52,13 @@ class RnnSeq2SeqModelOutput(Seq2SeqModelOutput):
     attention_weights: torch.Tensor | None = None
     gate_input: torch.Tensor | None = None
     source_ids: torch.Tensor | None = None
+
+
+@dataclass
+class RnnSeq2SeqLMOutput(Seq2SeqLMOutput):
+    """`Seq2SeqLMOutput` and, where labels are smoothed, `smoothing_loss`: the part of `loss` without its weight."""
+
+    smoothing_loss: torch.Tensor | None = None
 
 
 class RnnSeq2SeqPreTrainedModel(PreTrainedModel):
@@ -181,6 +192,8 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        scheduled_sampling: ScheduledSampling | None = None,
+        step_scores: Callable[[torch.Tensor | None, StepOutput], torch.Tensor] | None = None,
     ) -> RnnSeq2SeqModelOutput:
         """
         Args:
@@ -196,6 +209,8 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
             use_cache: return the state after the last token as `past_key_values`.
             output_attentions: return `cross_attentions`, a tuple of [B, heads, T, S] (empty without attention).
             output_hidden_states: return embeddings and every layer's output for both sides.
+            scheduled_sampling: let the decoder read predictions of its own; `step_scores` gives their scores
+                [B, 1, V] from `source_ids` and a step's output.
 
         Returns:
             `RnnSeq2SeqModelOutput`; `last_hidden_state` holds the features, [B, T, F].
@@ -233,7 +248,12 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
             cache = RnnSeq2SeqCache()
         prepared, state = self._start(encoder_outputs, cache)
         mask = self._check_decoder_mask(decoder_attention_mask, decoder_inputs_embeds, cache)
-        output, state = self.decoder(decoder_inputs_embeds, state, prepared, mask)
+        own = None
+        if scheduled_sampling is not None and scheduled_sampling.probability > 0:
+            assert step_scores is not None
+            head = partial(step_scores, encoder_outputs.source_ids)
+            own = OwnInputs(scheduled_sampling, head, config, decoder_inputs_embeds, decoder_input_ids, mask)
+        output, state = self.decoder(decoder_inputs_embeds, state, prepared, mask, own)
         if cache is not None:
             cache.advance(state, decoder_inputs_embeds.size(1))
 
@@ -381,7 +401,9 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
         output_hidden_states: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         copy_ids: torch.Tensor | None = None,
-    ) -> Seq2SeqLMOutput:
+        smoothing: float = 0.0,
+        scheduled_sampling: ScheduledSampling | None = None,
+    ) -> RnnSeq2SeqLMOutput:
         """
         [`RnnSeq2SeqModel.forward`]'s arguments, and
 
@@ -392,11 +414,12 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
             copy_ids: for a head that copies, the target id of every source position, [B, S]. Ids from V to
                 V + S - 1 are words of this row's source that the vocabulary lacks, in `labels` and
                 `decoder_input_ids`, too; the decoder reads `config.unk_token_id` for them. At padding any id will do.
-                A [`RnnSeq2SeqTokenizer`] with `copies_source=True` makes them. With one shared vocabulary they may be
-                left out: then `input_ids` are copied.
+                A [`RnnSeq2SeqTokenizer`] with `copies_source=True` makes them; with one vocabulary, `input_ids` serve.
+            smoothing: share of every label's mass that goes to all words alike, see `smoothing_loss`.
+            scheduled_sampling: in training, let the decoder read some predictions of its own.
 
         Returns:
-            `Seq2SeqLMOutput`; `loss` is the mean over the labels of `config.output_normalizer`'s loss (for softmax,
+            `RnnSeq2SeqLMOutput`; `loss` is the mean over the labels of `config.output_normalizer`'s loss (for softmax,
             cross entropy) plus the weighted coverage loss; `logits`, [B, T, V] or with `copy_ids` [B, T, V + S], are
             scores before a softmax, or log-probabilities where there is another normaliser or a head that copies.
         """
@@ -423,21 +446,25 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            scheduled_sampling=scheduled_sampling,
+            step_scores=partial(self._scores, copy_ids=copy_ids),
             return_dict=True,
         )
-        copied = check_copy_ids(self.config, copy_ids, outputs.source_ids, outputs.attention_weights)
-        parts = outputs.last_hidden_state, outputs.attention_weights, outputs.gate_input
-        scores = self.head(HeadInput(*parts, *copied))
-        loss = None
+        parts = StepOutput(outputs.last_hidden_state, outputs.attention_weights, outputs.gate_input, ())
+        scores = self._scores(outputs.source_ids, parts, copy_ids)
+        loss = smoothing_part = None
         if labels is not None:
             loss = self._loss(scores, labels, num_items_in_batch)
+            if smoothing > 0:
+                smoothing_part = smoothing_loss(scores, labels, self.config.vocab_size, num_items_in_batch)
+                loss = loss + smoothing * smoothing_part
             if self.config.coverage_loss_weight > 0:
                 weights = outputs.attention_weights
                 if decoder_attention_mask is not None:  # no attention is paid at padding
                     weights = weights * decoder_attention_mask[:, None, -labels.size(1) :, None]
                 loss = loss + self.config.coverage_loss_weight * coverage_loss(weights, labels, num_items_in_batch)
         normalizer = self.config.output_normalizer
-        return Seq2SeqLMOutput(
+        return RnnSeq2SeqLMOutput(
             loss=loss,
             logits=scores if normalizer == "softmax" else log_probabilities(scores, normalizer),
             past_key_values=outputs.past_key_values,
@@ -446,22 +473,28 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,
             encoder_hidden_states=outputs.encoder_hidden_states,
             encoder_attentions=outputs.encoder_attentions,
+            smoothing_loss=smoothing_part,
         )
+
+    def _scores(
+        self, source_ids: torch.Tensor | None, output: StepOutput, copy_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The head's, of one step or of all."""
+        copied = check_copy_ids(self.config, copy_ids, source_ids, output.weights)
+        return self.head(HeadInput(output.features, output.weights, output.gate_input, *copied))
 
     def _loss(
         self, scores: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
         """Scores [B, T, V], labels [B, T] -> the loss that belongs to `output_normalizer`."""
-        config = self.config
-        if labels.shape != scores.shape[:2]:
+        shape, normalizer = scores.shape[:2], self.config.output_normalizer
+        if labels.shape != shape:
             raise ValueError(
-                f"`labels` must have the decoder input's shape {tuple(scores.shape[:2])}, got {tuple(labels.shape)}."
+                f"`labels` must have the decoder input's shape {tuple(shape)}, got {tuple(labels.shape)}."
             )
-        if config.output_normalizer == "softmax":  # transformers' way, on which a user may put another function
-            return self.loss_function(
-                scores, labels, vocab_size=scores.size(-1), num_items_in_batch=num_items_in_batch
-            )
-        return token_loss(scores, labels, config.output_normalizer, num_items_in_batch)
+        if normalizer == "softmax":  # transformers' way, on which a user may put another function
+            return self.loss_function(scores, labels, scores.size(-1), num_items_in_batch=num_items_in_batch)
+        return token_loss(scores, labels, normalizer, num_items_in_batch)
 
 
 __all__ = ["RnnSeq2SeqForConditionalGeneration", "RnnSeq2SeqModel", "RnnSeq2SeqPreTrainedModel"]

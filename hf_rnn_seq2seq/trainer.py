@@ -1,32 +1,38 @@
-"""Seq2SeqTrainer for recurrent models: defaults that suit them, exact evaluation, reproducible length grouping."""
+"""Seq2SeqTrainer for recurrent models: defaults that suit them, exact evaluation, whole checkpoints."""
 
 import copy
 import functools
-import json
 import math
-import zipfile
+import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
-import datasets
-import safetensors
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
-from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Seq2SeqTrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import EvalLoopOutput, has_length, sort_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
-from .model_card import write_model_card
+from .batching import BatchingArguments, BatchingTrainer
+from .checkpoints import CheckpointTrainer
+from .model_card import ARGUMENTS_NAME, attention_plot, write_model_card
+from .moving_average import TRAINING_WEIGHTS_NAME, MovingAverage, load_training_weights, save_training_weights
+from .optimization import OptimizationArguments, OptimizationTrainer
+from .sharding import own_class, shard_tables_for
+from .training_objective import ObjectiveArguments, ObjectiveTrainer
 
 # Ends of metric names of which less is better.
 LOWER_IS_BETTER = ("loss", "perplexity", "error_rate", "wer", "cer")
 
 
+# OptimizationArguments comes first: each base brings transformers' defaults, over which its own have to win.
 @dataclass
-class RnnSeq2SeqTrainingArguments(Seq2SeqTrainingArguments):
+class RnnSeq2SeqTrainingArguments(OptimizationArguments, ObjectiveArguments, BatchingArguments):
     """`Seq2SeqTrainingArguments` with defaults for recurrent models trained from scratch.
 
     transformers' defaults are for fine-tuning large Transformers: a learning rate of 5e-5 hardly moves an RNN, 3
@@ -34,7 +40,6 @@ class RnnSeq2SeqTrainingArguments(Seq2SeqTrainingArguments):
     `seed`, without which a resumed run would see the data in another order than an uninterrupted one.
     """
 
-    learning_rate: float = field(default=1e-3, metadata={"help": "The initial learning rate for the optimizer."})
     num_train_epochs: float = field(default=20.0, metadata={"help": "Number of training epochs to perform."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch size per device for training."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size per device for evaluation."})
@@ -56,6 +61,21 @@ class RnnSeq2SeqTrainingArguments(Seq2SeqTrainingArguments):
             "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
         },
     )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Keep an exponential moving average of the weights with this decay, as 0.999, and evaluate and "
+            "save it instead of them; checkpoints keep both."
+        },
+    )
+    ema_warmup: bool = field(
+        default=True,
+        metadata={"help": "Let the decay of --ema_decay after step t be at most (1 + t) / (10 + t)."},
+    )
+    stop_on_nan: bool = field(
+        default=True,
+        metadata={"help": "End training with an error at the first loss, or saving, that is NaN or infinite."},
+    )
 
     def __post_init__(self) -> None:
         if self.data_seed is None:
@@ -64,73 +84,67 @@ class RnnSeq2SeqTrainingArguments(Seq2SeqTrainingArguments):
             self.greater_is_better = not self.metric_for_best_model.endswith(LOWER_IS_BETTER)
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns at every evaluation
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                self.use_cpu = True  # otherwise each of the processes would train alone
         super().__post_init__()
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be from 0 to less than 1, not {self.ema_decay}.")
 
 
-class LengthGroupedSampler(Sampler[int]):
-    """Batches of similar lengths, in random order, as a function of the seed and the epoch alone.
-
-    transformers' sampler of this name draws from the global random state, which a resumed run does not have at the
-    same place, and gives batches from the longest to the shortest, over and over.
-
-    Args:
-        lengths: the length of each row.
-        batch_size: rows that go through the model together (or are accumulated, or spread over the processes).
-        seed: of the random order.
-    """
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self.lengths = lengths
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's data loader before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        # The last batch may be smaller and has to stay last.
-        for place in [*torch.randperm(len(batches) - 1, generator=generator).tolist(), len(batches) - 1]:
-            yield from batches[place]
-
-
-class RnnSeq2SeqTrainer(Seq2SeqTrainer):
+class RnnSeq2SeqTrainer(ObjectiveTrainer, OptimizationTrainer, BatchingTrainer, CheckpointTrainer):
     """`Seq2SeqTrainer` whose evaluation is exact and leaves the model's generation settings alone.
 
-    The evaluation loss is a mean over tokens, not over batches, and comes with `perplexity` unless labels are
-    smoothed. With several processes, rows that are repeated to fill the last batch are left out of predictions and
-    metrics; in the loss they count twice.
+    The evaluation loss is a mean over tokens, not over batches, without any loss that training adds, and comes with
+    `perplexity`. With several processes, rows that are repeated to fill the last batch count for nothing: not in the
+    predictions, not in metrics and losses, and not in training (unless `average_tokens_across_devices` is off).
 
-    `results` holds the figures of the last evaluation and prediction outside of training, for the model card.
+    For the model card `results` holds the figures of the last evaluation and prediction outside of training, and
+    `run_record` what `run.json` does, if run_seq2seq.py trains.
     """
 
     model: PreTrainedModel
     args: Seq2SeqTrainingArguments
-    results: dict[str, float]
+    results: dict[str, float | str]
+    run_record: dict[str, Any] | None = None
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        # What is handed in has lost the column of lengths, which the model has no use for.
-        dataset = self.train_dataset
-        column = self.args.length_column_name
-        if (
-            self.args.train_sampling_strategy != "group_by_length"
-            or not isinstance(dataset, datasets.Dataset)
-            or column not in dataset.column_names
-        ):
-            return super()._get_train_sampler(train_dataset)
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(list(dataset[column]), batch_size, seed=self.args.data_seed or self.args.seed)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.moving_average: MovingAverage | None = None
+        if isinstance(self.args, RnnSeq2SeqTrainingArguments) and self.args.ema_decay is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("`ema_decay` is for weights that every process holds whole, not FSDP or DeepSpeed.")
+            self.moving_average = MovingAverage(self.args.ema_decay, self.args.ema_warmup)
+            self.add_callback(self.moving_average)
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
-        # transformers groups evaluation data by length as well, and returns predictions in that order, not the data's.
-        return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
+    def _averaged(self) -> AbstractContextManager[None]:
+        """While this lasts, and if there is a moving average, the model has it for its weights."""
+        return nullcontext() if self.moving_average is None else self.moving_average.in_place_of_weights(self.model)
+
+    def get_train_dataloader(self) -> DataLoader:
+        dataloader = super().get_train_dataloader()
+        shard = dataloader.batch_sampler
+        if isinstance(shard, BatchSamplerShard) and not hasattr(shard, "set_epoch"):
+            # When it resumes within an epoch, the Trainer tells the epoch to the shard, which would not pass it on.
+            sampler = getattr(shard.batch_sampler, "sampler", shard.batch_sampler)
+            shard.set_epoch = getattr(sampler, "set_epoch", lambda epoch: None)
+        return dataloader
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
+        shard_tables_for(self.accelerator, self.model)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor | int | None]:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.average_tokens_across_devices and self.accelerator.gradient_state.end_of_dataloader:
+            own = rows_of_last_batch(cast(DataLoader, self.callback_handler.train_dataloader))
+            if own is not None and batches and batches[-1].get("labels") is not None:
+                batches[-1]["labels"][own:] = -100
+                num_items = self._get_num_items_in_batch(batches, device)
+        return batches, num_items
 
     def prediction_step(  # type: ignore[override]
         self,
@@ -146,15 +160,23 @@ class RnnSeq2SeqTrainer(Seq2SeqTrainer):
         # checkpoint saved afterwards keeps them.
         generation_config = self.model.generation_config
         self.model.generation_config = copy.deepcopy(generation_config)
+        # The loss is to be the mean over this process's own tokens, which are counted below.
+        across_devices, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        if self._rows_of_last_batch is not None and self.accelerator.gradient_state.end_of_dataloader:
+            labels = inputs.get("labels")
+            if labels is not None:
+                labels[self._rows_of_last_batch :] = -100
         try:
             loss, predictions, labels = super().prediction_step(
                 model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs
             )
         finally:
             self.model.generation_config = generation_config
+            self.args.average_tokens_across_devices = across_devices
         if loss is not None:
             tokens = (inputs["labels"] != -100).sum().to(self._loss_and_tokens)
-            self._loss_and_tokens += torch.stack([loss * tokens, tokens])
+            loss_sum = torch.where(tokens > 0, loss * tokens, 0)  # without tokens the loss may be NaN
+            self._loss_and_tokens += torch.stack([loss_sum, tokens])
         return loss, predictions, labels
 
     def evaluation_loop(
@@ -170,29 +192,48 @@ class RnnSeq2SeqTrainer(Seq2SeqTrainer):
             self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
         )
         self._loss_and_tokens = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self._rows_of_last_batch = rows_of_last_batch(dataloader)
+        with self._averaged():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         metrics = output.metrics or {}  # never empty; the Trainer adds to this dict afterwards
         loss_sum, tokens = self.accelerator.reduce(self._loss_and_tokens, reduction="sum").tolist()
         if tokens > 0:
             loss = loss_sum / tokens
             metrics[f"{metric_key_prefix}_loss"] = loss
-            config = self.model.config
-            likelihood = getattr(config, "output_normalizer", "softmax") == "softmax"  # is the loss one, alone?
-            likelihood = likelihood and getattr(config, "coverage_loss_weight", 0) == 0
-            if self.args.label_smoothing_factor == 0 and likelihood:
+            likelihood = getattr(self.model.config, "output_normalizer", "softmax") == "softmax"  # is the loss one?
+            if self.label_smoother is None and likelihood:
                 metrics[f"{metric_key_prefix}_perplexity"] = math.exp(loss) if loss < 700 else math.inf
         if not self.is_in_train:
             self.results = {**getattr(self, "results", {}), **metrics}
         return output
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, with a moving average the averaged one; a checkpoint gets the training's weights, too."""
+        with self._averaged():
+            super().save_model(output_dir, _internal_call)
+        if self.moving_average is None or self.moving_average.average is None or not self.args.should_save:
+            return
+        if _internal_call and output_dir is not None and not self.args.save_only_model:  # a checkpoint
+            save_training_weights(self.model, Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if (Path(resume_from_checkpoint) / TRAINING_WEIGHTS_NAME).is_file():  # the model just loaded is an average
+            if self.moving_average is not None:
+                self.moving_average.resume(self.model)
+            load_training_weights(self.model, Path(resume_from_checkpoint))
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with own_class(self.model):
+            super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
         # The Trainer pickles its arguments, and pushes the pickle with the model. Nothing reads it: leave a text.
         folder = Path(output_dir or self.args.output_dir or ".")
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+        (folder / ARGUMENTS_NAME).write_text(self.args.to_json_string(), encoding="utf-8")
 
     def create_model_card(
         self,
@@ -220,14 +261,18 @@ class RnnSeq2SeqTrainer(Seq2SeqTrainer):
         """
         if not self.is_world_process_zero():
             return
+        folder = Path(self.args.output_dir or ".")
+        plot = attention_plot(folder)
         write_model_card(
-            Path(self.args.output_dir or ".") / "README.md",
+            folder / "README.md",
             config=self.model.config,
-            args=self.args,
+            arguments={**self.args.to_dict(), "world_size": self.args.world_size},
             parameters=self.model.num_parameters(),
             steps=self.state.global_step,
             epochs=self.state.epoch or 0.0,
             results=getattr(self, "results", {}),
+            record=self.run_record,
+            plot=None if plot is None or self.run_record is None else plot.relative_to(folder).as_posix(),
             language=language,
             license=license,
             tags=tags,
@@ -240,35 +285,16 @@ class RnnSeq2SeqTrainer(Seq2SeqTrainer):
         )
 
 
-def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint of the highest step from which training can go on, or None.
+def rows_of_last_batch(dataloader: DataLoader) -> int | None:
+    """How many rows of this process's last batch are its own; None if all are.
 
-    Checkpoints aren't written atomically: an interrupted one is passed over, where
-    `transformers.trainer_utils.get_last_checkpoint` would give it.
+    Accelerate gives each process the same number of batches of the same size. What is missing at the end it takes from
+    the beginning, so that some rows come twice.
     """
-    if not Path(folder).is_dir():
+    sampler = dataloader.batch_sampler
+    if not isinstance(sampler, BatchSamplerShard) or sampler.batch_size is None or sampler.drop_last:
         return None
-    checkpoints = [Path(path) for path in sort_checkpoints(str(folder))]
-    return next((path for path in reversed(checkpoints) if checkpoint_fault(path) is None), None)
-
-
-def checkpoint_fault(checkpoint: str | Path) -> str | None:
-    """Why training can't go on from a checkpoint, or None if it can."""
-    checkpoint = Path(checkpoint)
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"trainer_state.json: {error}"
-    for name in ("optimizer.pt", "scheduler.pt"):
-        if not zipfile.is_zipfile(checkpoint / name):
-            return f"{name} is missing or broken (was it saved with --save_only_model?)"
-    weights = list(checkpoint.glob("*.safetensors"))
-    if not weights:
-        return "there is no .safetensors file"
-    for path in weights:
-        try:
-            with safetensors.safe_open(path, framework="pt"):
-                pass
-        except (OSError, safetensors.SafetensorError) as error:
-            return f"{path.name}: {error}"
-    return None
+    rest = len(dataloader.dataset) % (sampler.batch_size * sampler.num_processes)  # type: ignore[arg-type]
+    if rest == 0:
+        return None
+    return min(max(rest - sampler.batch_size * sampler.process_index, 0), sampler.batch_size)

@@ -193,7 +193,8 @@ def test_trainer_predicts_with_the_options(name: str, tmp_path: Path) -> None:
     source, mask = ragged_batch(LENGTHS)
     expected = model.generate(source, attention_mask=mask, num_beams=4, max_new_tokens=8, **options)
     rows = [
-        {"input_ids": ids[keep.bool()].tolist(), "labels": [3, 4, 2]} for ids, keep in zip(source, mask, strict=True)
+        {"input_ids": ids[keep.bool()].tolist(), "labels": [3, 4, 2], "row": row}
+        for row, (ids, keep) in enumerate(zip(source, mask, strict=True))
     ]
     config = GenerationConfig(
         num_beams=4, max_new_tokens=8, decoder_start_token_id=1, eos_token_id=2, pad_token_id=0, **options
@@ -202,9 +203,10 @@ def test_trainer_predicts_with_the_options(name: str, tmp_path: Path) -> None:
         str(tmp_path), use_cpu=True, report_to="none", generation_config=config, per_device_eval_batch_size=3
     )
 
-    def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        index = [row["row"] for row in batch]  # evaluation has an order of its own
         labels = torch.tensor([row["labels"] for row in batch])
-        return {"input_ids": source, "attention_mask": mask, "labels": labels}
+        return {"input_ids": source[index], "attention_mask": mask[index], "labels": labels}
 
     trainer: Any = RnnSeq2SeqTrainer(model, args, data_collator=collate)
     predictions = trainer.predict(rows).predictions

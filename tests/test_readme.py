@@ -98,5 +98,5 @@ def test_tables_are_todays() -> None:
 
 
 def test_files_named_in_the_readme_are_there() -> None:
-    for path in re.findall(r"`(hf_rnn_seq2seq/\w+\.py)`", README):
+    for path in re.findall(r"`(hf_rnn_seq2seq/[\w/]+\.py)`", README):
         assert (ROOT / path).is_file()

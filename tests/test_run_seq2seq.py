@@ -185,6 +185,10 @@ def test_shared_vocabulary_smoothing_and_several_references(script, tmp_path):
         (["--do_train", "--resume_from_checkpoint", "nowhere"], "can't be resumed from: trainer_state.json"),
         (["--do_train", "--dropout", "1.5"], "the model's configuration: .*dropout"),
         (["--do_train", "--source_tokenizer_size", "2"], "tokenizer"),
+        (
+            ["--do_train", "--attention_type", "none", "--guided_alignment_weight", "1"],
+            "guided_alignment_weight=1.0: the model has no attention",
+        ),
     ],
 )
 def test_refusals(script, data, tmp_path, flags, message):
@@ -221,7 +225,7 @@ def test_every_field_of_the_configuration_is_a_flag(tmp_path):
         value = choices[-1] if choices else other[kind]
         args = parse_arguments(["--output_dir", str(tmp_path), f"--{field.name}", value])
         assert field.name in args.given
-        if field.name != "use_cache":  # the Trainer's, which copies it into the configuration
+        if field.name not in ("use_cache", "coverage_loss_weight"):  # the Trainer copies these into the configuration
             assert str(args.config[field.name]).lower() == value
             assert args.config.keys() == {field.name}
 

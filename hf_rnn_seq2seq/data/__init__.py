@@ -5,6 +5,7 @@ from .corpora import PACKAGED_CORPORA
 from .loading import load_data, split_by_source
 from .preparation import DropCounts, PreparedData, prepare_data
 from .readers import DataError
+from .streaming import load_streamed_data, stream_train_data, tokenize_stream
 
 __all__ = [
     "PACKAGED_CORPORA",
@@ -14,6 +15,9 @@ __all__ = [
     "DropCounts",
     "PreparedData",
     "load_data",
+    "load_streamed_data",
     "prepare_data",
     "split_by_source",
+    "stream_train_data",
+    "tokenize_stream",
 ]

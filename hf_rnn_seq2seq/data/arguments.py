@@ -40,6 +40,13 @@ class DataArguments:
         default=None, metadata={"help": "The target side of --validation_file."}
     )
     test_target_file: str | None = field(default=None, metadata={"help": "The target side of --test_file."})
+    train_alignment_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Word alignments for --guided_alignment_weight, a line for each row of --train_file: `0-0 1-2`, "
+            "numbers from 0 of a source and a target token, counted as the tokenizers split them."
+        },
+    )
     source_column: str | None = field(
         default=None,
         metadata={
@@ -90,6 +97,17 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first rows for validation."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first rows for testing."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for tokenizing."})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read and tokenize the training data while training goes on, never all of it at once. Needs "
+            "--max_steps, and --validation_file for evaluation."
+        },
+    )
+    tokenizer_train_samples: int = field(
+        default=100_000,
+        metadata={"help": "With --streaming: train the tokenizers on so many of the first training rows."},
+    )
 
     def __post_init__(self) -> None:
         files = [name for name in vars(self) if name.endswith("_file") and getattr(self, name) is not None]
@@ -98,6 +116,8 @@ class DataArguments:
         for split in SPLITS:
             if getattr(self, f"{split}_target_file") is not None and getattr(self, f"{split}_file") is None:
                 raise DataError(f"--{split}_target_file needs --{split}_file.")
+        if self.train_alignment_file is not None and (self.train_file is None or self.streaming):
+            raise DataError("--train_alignment_file needs --train_file, and no --streaming.")
         if (self.source_lang is None) != (self.target_lang is None):
             raise DataError("Give both of --source_lang and --target_lang, or neither.")
         for name in ("validation_split_percentage", "test_split_percentage"):
@@ -107,5 +127,8 @@ class DataArguments:
         if (self.validation_split_percentage or 0) + (self.test_split_percentage or 0) >= 100:
             raise DataError("--validation_split_percentage and --test_split_percentage leave nothing to train on.")
         for name, value in vars(self).items():
-            if name.startswith("max_") and value is not None and value < 1:
+            if name.startswith(("max_", "tokenizer_")) and value is not None and value < 1:
                 raise DataError(f"--{name} must be at least 1, not {value}.")
+        for name in ("validation_split_percentage", "test_split_percentage", "max_train_samples"):
+            if self.streaming and getattr(self, name):
+                raise DataError(f"--{name} {getattr(self, name)}: not with --streaming, which never has all rows.")

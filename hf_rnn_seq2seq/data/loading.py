@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from .alignments import add_alignment_lines
 from .arguments import DEFAULT_SPLIT_PERCENTAGE, SPLITS, DataArguments
 from .corpora import PACKAGED_CORPORA
 from .readers import Columns, DataError, Row, read_file, read_records
@@ -49,6 +50,8 @@ def load_data(arguments: DataArguments, splits: Sequence[str] = SPLITS) -> datas
     shares = split_shares(arguments, list(readers))
     needs_train = "train" in splits or any(split in splits for split in shares)
     data = {split: read() for split, read in readers.items() if (needs_train if split == "train" else split in splits)}
+    if arguments.train_alignment_file is not None and "train" in data:
+        data["train"] = add_alignment_lines(data["train"], Path(arguments.train_alignment_file))
     if shares and "train" in data:
         data |= split_by_source(data["train"], shares)
     limits = {
@@ -75,7 +78,7 @@ def split_readers(arguments: DataArguments) -> dict[str, Callable[[], datasets.D
         return {split: partial(read_split_file, arguments, split) for split in given}
     if name in PACKAGED_CORPORA:
         return {"train": partial(read_packaged_corpus, name)}
-    loaded = open_dataset(name, arguments.dataset_config_name)
+    loaded = open_dataset(name, arguments.dataset_config_name, arguments.streaming)
     if isinstance(loaded, datasets.Dataset):
         loaded = datasets.DatasetDict(train=loaded)
     readers: dict[str, Callable[[], datasets.Dataset]] = {}
@@ -111,7 +114,7 @@ def read_split_file(arguments: DataArguments, split: str) -> datasets.Dataset:
     path, columns = Path(getattr(arguments, f"{split}_file")), columns_of(arguments, split)
     if path.is_dir():
         dataset = open_dataset(str(path), None)
-        if isinstance(dataset, datasets.DatasetDict):
+        if not isinstance(dataset, datasets.Dataset):
             raise DataError(f"{path}: a folder with several splits: give it as --dataset_name.")
         return read_dataset(dataset, str(path), columns)
     target_file = getattr(arguments, f"{split}_target_file")
@@ -124,20 +127,31 @@ def read_split_file(arguments: DataArguments, split: str) -> datasets.Dataset:
     return cached_dataset(read_file(path, columns, *paths[1:]), columns, *digests, "".join(path.suffixes).lower())
 
 
-def open_dataset(name: str, config_name: str | None) -> datasets.Dataset | datasets.DatasetDict:
+def open_dataset(
+    name: str, config_name: str | None, streaming: bool = False
+) -> datasets.Dataset | datasets.DatasetDict | datasets.IterableDatasetDict:
     """A folder written by `save_to_disk`, or whatever `datasets.load_dataset` makes of the name."""
     try:
         if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "dataset_info.json").is_file():
             return datasets.load_from_disk(name)
-        return datasets.load_dataset(name, config_name)
+        return datasets.load_dataset(name, config_name, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{name}: can't be loaded as a dataset: {error}") from error
 
 
-def read_dataset(dataset: datasets.Dataset, name: str, columns: Columns) -> datasets.Dataset:
-    """The source and target columns of any dataset, checked to be strings."""
+def read_dataset(
+    dataset: datasets.Dataset | datasets.IterableDataset, name: str, columns: Columns
+) -> datasets.Dataset:
+    """The source and target columns of any dataset, checked to be strings; of a stream, in memory."""
     records = enumerate((record for batch in dataset.iter(ROWS_PER_BATCH) for record in batch_records(batch)), start=1)
-    return cached_dataset(read_records(name, "row", records, columns), columns, dataset._fingerprint)
+    rows = read_records(name, "row", records, columns)
+    if isinstance(dataset, datasets.Dataset):
+        return cached_dataset(rows, columns, dataset._fingerprint)
+    pairs = list(rows)
+    sides: dict[str, list[str | None]] = {"source": [source for source, _ in pairs]}
+    if pairs[0][1] is not None:  # then none of them is
+        sides["target"] = [target for _, target in pairs]
+    return datasets.Dataset.from_dict(sides)
 
 
 def batch_records(batch: dict[str, list[object]]) -> Iterator[dict[str, object]]:
@@ -181,7 +195,7 @@ def write_arrow(rows: Iterable[Row], path: str) -> None:
 
 def split_shares(arguments: DataArguments, given: Sequence[str]) -> dict[str, float]:
     """Which share (0 to 1) of the training data becomes the validation and the test data."""
-    if "train" not in given:
+    if "train" not in given or arguments.streaming:
         return {}
     percentages = {
         "test": arguments.test_split_percentage,

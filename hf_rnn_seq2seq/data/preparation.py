@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from .alignments import parse_alignments
 from .arguments import DataArguments
 from .readers import DataError, preview
 
@@ -33,8 +34,8 @@ class PreparedData:
 
     Args:
         datasets: for each split the columns `input_ids`, `labels` (unless the split has no target), `copy_ids` (if
-            the tokenizer makes them), `length` (source plus target, in tokens: what batches are grouped by), `source`,
-            and `target` and `references` where there are any.
+            the tokenizer makes them), `alignments` (if there are any), `length` (source plus target, in tokens: what
+            batches are grouped by), `source`, and `target` and `references` where there are any.
         drops: for each split what was dropped.
     """
 
@@ -91,6 +92,7 @@ def prepare_data(
             )
         if counts[KEPT] < len(dataset):
             encoded = encoded.select(np.flatnonzero(fate == KEPT))
+        encoded = parse_alignments(encoded, arguments.train_alignment_file or "")
         prepared[split] = encoded.remove_columns("fate")
     return PreparedData(prepared, drops)
 

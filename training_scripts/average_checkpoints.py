@@ -1,0 +1,62 @@
+"""Average the weights of a training's last or best checkpoints into one model:
+
+    python training_scripts/average_checkpoints.py outputs/mine --last 5 --output_dir outputs/averaged
+    python training_scripts/average_checkpoints.py outputs/mine --best 5 --metric bleu --output_dir outputs/averaged
+
+The first argument is the `output_dir` of run_seq2seq.py, which must have kept so many checkpoints
+(`--save_total_limit`). The averaged model is a folder like any other saved model's; to see how good it is:
+
+    python training_scripts/run_seq2seq.py recipe.yaml --model_name_or_path outputs/averaged \\
+        --do_train false --do_eval --output_dir outputs/averaged
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import hf_rnn_seq2seq  # noqa: F401  # registers the model with the Auto classes
+from hf_rnn_seq2seq.weight_averaging import (
+    AveragingError,
+    average_checkpoints,
+    best_checkpoints,
+    last_checkpoints,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("training_dir", type=Path, help="Folder with the checkpoint-* folders of one training.")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--last", type=int, metavar="N", help="Average the N checkpoints of the highest steps.")
+    which.add_argument("--best", type=int, metavar="N", help="Average the N checkpoints with the best --metric.")
+    parser.add_argument(
+        "--metric", help="For --best: of the evaluation at the checkpoint's step; eval_loss if not given."
+    )
+    parser.add_argument(
+        "--greater_is_better",
+        action=argparse.BooleanOptionalAction,
+        help="For --best; known of losses, perplexity and error rates, of which less is better, else assumed.",
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="A folder that isn't there yet, for the model.")
+    args = parser.parse_args(argv)
+    if args.last is not None and (args.metric is not None or args.greater_is_better is not None):
+        parser.error("--metric and --greater_is_better are for --best")
+
+    if args.last is not None:
+        checkpoints = last_checkpoints(args.training_dir, args.last)
+    else:
+        checkpoints = best_checkpoints(
+            args.training_dir, args.best, args.metric or "eval_loss", args.greater_is_better
+        )
+    average_checkpoints(checkpoints, args.output_dir)
+    print(f"{args.output_dir}: the mean of {', '.join(checkpoint.path.name for checkpoint in checkpoints)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (AveragingError, OSError) as error:
+        sys.exit(f"error: {error}")
