@@ -200,7 +200,7 @@ def test_trainer_predicts_with_the_options(name: str, tmp_path: Path) -> None:
         num_beams=4, max_new_tokens=8, decoder_start_token_id=1, eos_token_id=2, pad_token_id=0, **options
     )
     args = RnnSeq2SeqTrainingArguments(
-        str(tmp_path), use_cpu=True, report_to="none", generation_config=config, per_device_eval_batch_size=3
+        str(tmp_path), use_cpu=True, report_to="none", generation_config=config, remove_unused_columns=False
     )
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
