@@ -1,6 +1,5 @@
 """The tokenizer's ids for copied words, and training with them through the Trainer and the script."""
 
-import importlib.util
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_config, tiny_model
+from scripts import load_script
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
@@ -333,12 +333,7 @@ def test_training_learns_to_copy_unseen_words(shared: bool, tmp_path: Path) -> N
 @pytest.mark.parametrize("shared", [False, True], ids=["two vocabularies", "one vocabulary"])
 def test_the_training_script_copies(shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    path = Path(__file__).parent.parent / "training_scripts" / "run_seq2seq.py"
-    spec = importlib.util.spec_from_file_location("run_seq2seq", path)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("run_seq2seq")
     flags = ["--output_dir", str(tmp_path / "out"), "--do_train", "--do_eval", "--do_predict", "--num_beams", "2"]
     for split, rows in (("train", people(60, 0, "k")), ("validation", people(5, 1, "s")), ("test", people(7, 2, "s"))):
         file = tmp_path / f"{split}.tsv"

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import math
 import os
@@ -10,6 +9,7 @@ import datasets
 import optuna
 import pytest
 import yaml
+from scripts import load_script
 from transformers import AutoConfig
 
 from hf_rnn_seq2seq.arguments import ArgumentError, parse_arguments
@@ -34,10 +34,7 @@ tie_word_embeddings: {type: categorical, choices: [true, false]}
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("run_seq2seq", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("run_seq2seq")
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """The card says what was run; its commands, run again, give its figures."""
 
-import importlib.util
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from interrupted_run import Run
+from scripts import load_script
 
 from hf_rnn_seq2seq.model_card import CardError
 
@@ -47,10 +47,7 @@ PREDICT = shlex.split(
 
 @pytest.fixture(scope="module")
 def make():
-    spec = importlib.util.spec_from_file_location("make_model_card", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("make_model_card").main
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Pretrained word vectors: files as word2vec, GloVe and fastText write them, what is refused, and a training."""
 
 import gzip
-import importlib.util
 import json
 import tracemalloc
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from scripts import load_script
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -21,7 +21,6 @@ from hf_rnn_seq2seq.arguments import ArgumentError
 from hf_rnn_seq2seq.data import DataError
 from hf_rnn_seq2seq.pretrained_embeddings import apply_pretrained_embeddings, load_pretrained_embeddings
 
-SCRIPT = Path(__file__).parent.parent / "training_scripts" / "run_seq2seq.py"
 WIDTH = 3
 
 
@@ -207,10 +206,7 @@ SOURCES = ["abc", "ca", "b", "bcab", "aa", "cc", "abcabc", "bb", "cab", "acb"]
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("run_seq2seq", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("run_seq2seq")
 
 
 @pytest.fixture(autouse=True)

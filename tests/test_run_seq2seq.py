@@ -1,5 +1,4 @@
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from scripts import load_script
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_rnn_seq2seq import RnnSeq2SeqConfig
@@ -25,10 +25,7 @@ KINDS = ["--source_tokenizer_kind", "char", "--target_tokenizer_kind", "symbols"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("run_seq2seq", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("run_seq2seq")
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,4 @@
 import gzip
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from scripts import load_script
 from transformers import DataCollatorForSeq2Seq
 
 from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration
@@ -19,7 +19,6 @@ from hf_rnn_seq2seq.data import DataArguments, DataError, load_streamed_data, st
 from hf_rnn_seq2seq.tokenizer_training import TokenizerArguments, build_tokenizer
 from hf_rnn_seq2seq.trainer import RnnSeq2SeqTrainer, RnnSeq2SeqTrainingArguments
 
-SCRIPT = Path(__file__).parent.parent / "training_scripts" / "run_seq2seq.py"
 LETTERS = "abcdefgh"
 # The first two letters tell the row; lengths differ.
 SOURCES = [LETTERS[i % 8] + LETTERS[i // 8] + "h" * (i % 5) for i in range(37)]
@@ -300,10 +299,7 @@ def test_memory_stays_flat_over_five_million_lines(tmp_path):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("run_seq2seq", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("run_seq2seq")
 
 
 @pytest.fixture(autouse=True)

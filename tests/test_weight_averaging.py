@@ -1,6 +1,5 @@
 """Averages of checkpoints, against sums in float64."""
 
-import importlib.util
 import json
 import runpy
 import shutil
@@ -11,6 +10,7 @@ import pytest
 import torch
 from averaged_trainer import make_trainer, steps_of
 from safetensors.torch import load_file, save_file
+from scripts import load_script
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_rnn_seq2seq.weight_averaging import (
@@ -203,9 +203,7 @@ class TestCheckpoints:
         assert {path.name for path in tmp_path.iterdir()} == {"mine", "empty"}
 
     def test_script(self, training, tmp_path, capsys):
-        spec = importlib.util.spec_from_file_location("average_checkpoints", SCRIPT)
-        script = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
+        script = load_script("average_checkpoints")
         script.main([str(training), "--last", "2", "--output_dir", str(tmp_path / "last")])
         assert "the mean of checkpoint-4, checkpoint-5" in capsys.readouterr().out
         best = ["--best", "2", "--metric", "perplexity", "--greater_is_better", "--output_dir", str(tmp_path / "best")]
