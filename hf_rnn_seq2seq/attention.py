@@ -21,6 +21,7 @@ from .content_attention import (
     additive_scores,
 )
 from .position_attention import LocalMAttention, LocalPAttention, LocationAttention, MonotonicAttention
+from .step_products import StepLinear
 
 
 class NoAttention(Attention):
@@ -66,7 +67,7 @@ class DecoderSelfAttention(Attention):
         self.source = source
         self.num_heads, self.feedback = source.num_heads, source.feedback
         self.context_size = source.context_size + config.query_size
-        self.query_projection = nn.Linear(config.query_size, size, bias=False)
+        self.query_projection = StepLinear(config.query_size, size, bias=False)
         self.key_projection = nn.Linear(config.query_size, size, bias=False)
         self.score_projection = nn.Linear(size, 1, bias=False)
 

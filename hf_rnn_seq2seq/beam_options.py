@@ -38,6 +38,11 @@ class BeamSearchOptions:
             stands within a sentence.
         force_words_ids_by_row: such a list for each source; an empty one where nothing is forced.
 
+        opennmt_length_penalty: alpha of OpenNMT-py's `length_penalty: avg` (0: `none`), with its beam search in place
+            of transformers', see `OpennmtSearch`; `early_stopping` is then not read. It excludes the other options.
+        joeynmt_length_penalty: JoeyNMT's `beam_alpha` (0: none), with its beam search in place of transformers', see
+            `JoeynmtSearch`; the same goes for it.
+
     `early_stopping="never"` ends the search when no running hypothesis can come before the worst finished one any
     more: each is taken to lose no more probability, to reach the length that favours it most, and to cover everything.
     With `False`, the running hypotheses are taken to keep their present length, as transformers does for its own
@@ -51,6 +56,8 @@ class BeamSearchOptions:
     diversity_penalty: float | None = None
     force_words_ids: ForceWordsIds | None = None
     force_words_ids_by_row: list[ForceWordsIds] | None = None
+    opennmt_length_penalty: float | None = None
+    joeynmt_length_penalty: float | None = None
 
     @property
     def has_penalties(self) -> bool:
@@ -64,8 +71,14 @@ class BeamSearchOptions:
     def has_words(self) -> bool:
         return self.force_words_ids is not None or self.force_words_ids_by_row is not None
 
+    @property
+    def toolkits(self) -> list[str]:
+        """Which options that stand for another toolkit's whole search are given."""
+        return [name for name in TOOLKITS if getattr(self, name) is not None]
+
 
 OPTIONS = tuple(field.name for field in fields(BeamSearchOptions))
+TOOLKITS = ("opennmt_length_penalty", "joeynmt_length_penalty")
 
 
 @functools.cache
@@ -98,14 +111,14 @@ def take_options(
     options = BeamSearchOptions(**values)
     _check_options(options, config, arguments)
     config.num_beam_groups = config.force_words_ids = None
-    active = config.num_beams > 1 and (options.has_penalties or options.has_groups or options.has_words)
-    return options if active else None
+    active = options.has_penalties or options.has_groups or options.has_words
+    return options if config.num_beams > 1 and (active or options.toolkits) else None
 
 
 def _check_options(options: BeamSearchOptions, config: GenerationConfig, arguments: Mapping[str, Any]) -> None:
     if config.constraints is not None:
         raise ValueError("`constraints` needs classes that transformers 5 no longer has: use `force_words_ids`.")
-    for name in ("gnmt_length_penalty", "coverage_penalty", "diversity_penalty"):
+    for name in ("gnmt_length_penalty", "coverage_penalty", "diversity_penalty", *TOOLKITS):
         value = getattr(options, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"`{name}` must be a number, got {value!r}.")
@@ -121,6 +134,13 @@ def _check_options(options: BeamSearchOptions, config: GenerationConfig, argumen
         raise ValueError(
             f"`gnmt_length_penalty`={options.gnmt_length_penalty} and `length_penalty`={config.length_penalty} "
             "exclude each other: leave `length_penalty` at 1.0."
+        )
+    others = config.length_penalty != 1.0 or options.has_penalties or options.has_groups or options.has_words
+    if options.toolkits and (others or len(options.toolkits) > 1):
+        name = options.toolkits[0]
+        raise ValueError(
+            f"`{name}`={getattr(options, name)} excludes `length_penalty`, `gnmt_length_penalty`, `coverage_penalty`, "
+            "`num_beam_groups`, `force_words_ids` and other toolkits' searches: leave them out."
         )
     if (options.coverage_penalty or 0) < 0:
         raise ValueError(f"`coverage_penalty` must be 0 or more, got {options.coverage_penalty}.")

@@ -20,6 +20,9 @@ from transformers.generation.utils import GenerateBeamOutput
 from transformers.utils import ModelOutput
 
 from .beam_options import BeamSearchOptions, ForceWordsIds, as_list, forms_of
+from .fast_generation import is_covered, search_beams
+from .joeynmt_search import JoeynmtSearch
+from .opennmt_search import OpennmtSearch
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,8 @@ def beam_search(
         GnmtPenalties: options.has_penalties,
         DiverseGroups: options.has_groups,
         DynamicBeamAllocation: options.has_words,
+        OpennmtSearch: options.opennmt_length_penalty is not None,
+        JoeynmtSearch: options.joeynmt_length_penalty is not None,
     }
     view_class = _view_class(cast(Any, type(model)), tuple(search for search, wanted in chosen.items() if wanted))
     view = object.__new__(view_class)  # not through __new__ of a sharded model's class, which makes another class
@@ -56,6 +61,10 @@ def beam_search(
     view.start_search(options, generation_config, input_ids.device)
     if options.coverage_penalty:
         arguments["output_attentions"] = True  # of every step; the configuration says whether they are returned
+    # What all but the length penalty remember is of all rows: `search_beams` drops some.
+    keeps_rows = options.coverage_penalty or options.has_groups or options.has_words or options.toolkits
+    if not keeps_rows and is_covered(view, input_ids, generation_config, arguments):
+        return search_beams(view, input_ids, config=generation_config, **arguments)
     output = GenerationMixin._beam_search(view, input_ids, generation_config=generation_config, **arguments)
     return view.finish_search(output)
 

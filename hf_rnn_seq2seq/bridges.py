@@ -5,10 +5,11 @@ Shapes: B batch, S source, M memory width, L layers, N states a cell (an LSTM ha
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
 from .encoders import RnnSeq2SeqEncoderOutput
-from .recurrent_layers import CELLS, State
+from .recurrent_layers import CELLS, GateNorm, State
 
 
 class Bridge(nn.Module):
@@ -61,20 +62,33 @@ class LinearBridge(Bridge):
     """
     tanh(W h + b) of the top encoder layer's final h (Bahdanau et al. 2015, appendix A.2.2, who take the backward
     direction alone), which without recurrence is the mean of its memory; every layer and state has rows of W of its
-    own.
+    own, and with `layer_norm` a norm of its own, tanh(N(W h + b)).
     """
 
     def __init__(self, config: RnnSeq2SeqConfig):
         super().__init__(config)
-        self.projection = nn.Linear(config.memory_size, self.num_layers * self.num_states * self.hidden_size)
+        count = self.num_layers * self.num_states
+        self.projection = nn.Linear(config.memory_size, count * self.hidden_size)
+        self.norm = GateNorm(count, self.hidden_size) if config.layer_norm else nn.Identity()
 
     def summary(self, output: RnnSeq2SeqEncoderOutput) -> torch.Tensor:
         """[B, M]"""
         return output.final_state[:, -1, 0]
 
     def states(self, output: RnnSeq2SeqEncoderOutput) -> torch.Tensor:
-        states = torch.tanh(self.projection(self.summary(output)))
+        return torch.tanh(self.mapped(output))
+
+    def mapped(self, output: RnnSeq2SeqEncoderOutput) -> torch.Tensor:
+        """[B, L, N, H], before the tanh."""
+        states = self.norm(self.projection(self.summary(output)))
         return states.view(-1, self.num_layers, self.num_states, self.hidden_size)
+
+
+class AffineBridge(LinearBridge):
+    """[`LinearBridge`] without its tanh: W h + b (JoeyNMT's `init_hidden: last`, where W selects and b is zero)."""
+
+    def states(self, output: RnnSeq2SeqEncoderOutput) -> torch.Tensor:
+        return self.mapped(output)
 
 
 class MeanBridge(LinearBridge):
@@ -109,10 +123,53 @@ class DenseBridge(Bridge):
         return torch.stack(states, dim=1).unflatten(2, (self.num_layers, -1)).transpose(1, 2)
 
 
+class LayerwiseBridge(Bridge):
+    """
+    W_n f_ln + b_n of the encoder's final states f, layer by layer as in [`LastBridge`], with one affine map for all h
+    and one for all c (fairseq's `lstm` where the widths differ).
+
+    A decoder's cell with more states than the encoder's takes the encoder's last one for the rest.
+    """
+
+    def __init__(self, config: RnnSeq2SeqConfig):
+        super().__init__(config)
+        self.source_layers = [min(layer, config.final_layers - 1) for layer in range(config.decoder_layers)]
+        self.source_states = [min(state, config.encoder_cells - 1) for state in range(self.num_states)]
+        self.projections = nn.ModuleList(
+            [nn.Linear(config.memory_size, config.hidden_size) for _ in self.source_states]
+        )
+
+    def states(self, output: RnnSeq2SeqEncoderOutput) -> torch.Tensor:
+        final = output.final_state[:, self.source_layers]  # [B, L, N, M], the decoder's L
+        states = [
+            projection(final[:, :, source])
+            for projection, source in zip(self.projections, self.source_states, strict=True)
+        ]
+        return torch.stack(states, dim=2)
+
+
+class LearnedBridge(Bridge):
+    """A first state for every layer that is the same for every source, and learnt (Yoyodyne). It starts at zero."""
+
+    def __init__(self, config: RnnSeq2SeqConfig):
+        super().__init__(config)
+        self.initial = nn.Parameter(torch.empty(self.num_layers, self.num_states, self.hidden_size))
+
+    def reset_weights(self) -> None:
+        init.zeros_(self.initial)
+
+    def states(self, output: RnnSeq2SeqEncoderOutput) -> torch.Tensor:
+        memory = output.last_hidden_state
+        return self.initial.to(memory.dtype).expand(memory.size(0), -1, -1, -1)
+
+
 BRIDGES: dict[str, type[Bridge]] = {
     "zeros": Bridge,
     "last": LastBridge,
     "mean": MeanBridge,
     "linear": LinearBridge,
+    "affine": AffineBridge,
+    "layerwise": LayerwiseBridge,
     "dense": DenseBridge,
+    "learned": LearnedBridge,
 }

@@ -153,6 +153,11 @@ class RnnSeq2SeqCache(Cache):
     def state(self) -> DecoderState | None:
         return self.layer.state
 
+    @property
+    def prepared_memory(self) -> PreparedMemory | None:
+        """What `prepared` has made last."""
+        return self._prepared
+
     def advance(self, state: DecoderState, tokens: int) -> None:
         """Replaces the state by the one after `tokens` more tokens."""
         self.layer.state = state

@@ -7,36 +7,22 @@ from typing import Any, Literal, get_args
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-CellType = Literal["lstm", "gru", "rnn_tanh", "rnn_relu", "ln_lstm", "ln_gru", "ssru"]
+from .pipeline_rnn_seq2seq import with_custom_pipelines
+
+CellType = Literal["lstm", "gru", "rnn_tanh", "rnn_relu", "ln_lstm", "ln_gru", "nematus_gru", "marian_gru", "ssru"]
 EncoderType = Literal["rnn", "gnmt", "pyramidal", "conv", "transformer", "embedding"]
-BridgeType = Literal["zeros", "last", "mean", "linear", "dense"]
+BridgeType = Literal["zeros", "last", "mean", "linear", "affine", "layerwise", "dense", "learned"]
 AttentionType = Literal[
-    "none",
-    "dot",
-    "scaled_dot",
-    "general",
-    "additive",
-    "normed_additive",
-    "multi_head",
-    "location",
-    "local_m",
-    "local_p",
-    "monotonic",
-]
+    "none", "dot", "scaled_dot", "general", "additive", "normed_additive", "multi_head", "location", "local_m",
+    "local_p", "monotonic",
+]  # fmt: skip
 ScoringType = Literal["dot", "scaled_dot", "general", "additive"]
 NormalizerType = Literal["softmax", "sparsemax", "entmax15"]
 WiringType = Literal[
-    "output_only",
-    "input_feeding",
-    "context_feeding",
-    "bahdanau",
-    "context",
-    "conditional",
-    "gnmt",
-    "gnmt_v2",
-    "rnmt_plus",
-]
-HeadType = Literal["linear", "deep", "pointer_generator"]
+    "output_only", "input_feeding", "context_feeding", "bahdanau", "bahdanau_joined", "context", "conditional",
+    "gnmt", "gnmt_v2", "rnmt_plus",
+]  # fmt: skip
+HeadType = Literal["linear", "deep", "deep_tanh", "pointer_generator"]
 
 # Cells whose state is (h, c), not h alone.
 CELLS_WITH_MEMORY = ("lstm", "ln_lstm", "ssru")
@@ -45,19 +31,14 @@ RECURRENT_ENCODERS = ("rnn", "gnmt", "pyramidal")
 
 # Probabilities that are no part of the weights' shape or meaning: they may change from one training to the next.
 REGULARIZATION = (
-    "dropout",
-    "embedding_dropout",
-    "output_dropout",
-    "attention_dropout",
-    "recurrent_dropout",
-    "zoneout",
-)
+    "dropout", "embedding_dropout", "output_dropout", "attention_dropout", "recurrent_dropout", "zoneout",
+)  # fmt: skip
 # Numbers of things; `None` where a default is filled in.
 AT_LEAST_ONE = (
     "vocab_size", "source_vocab_size", "embedding_size", "decoder_embedding_size", "hidden_size",
     "encoder_hidden_size", "encoder_layers", "decoder_layers", "encoder_heads", "encoder_ffn_size",
     "encoder_kernel_size", "max_source_positions", "attention_hidden_size", "attention_heads",
-    "attention_window", "location_filters", "location_kernel_size", "head_hidden_size",
+    "attention_window", "location_filters", "location_kernel_size", "head_hidden_size", "encoder_transition_depth",
 )  # fmt: skip
 # What else says how to train, not what the weights are.
 TRAINING_ONLY = (*REGULARIZATION, "coverage_loss_weight", "monotonic_noise")
@@ -87,8 +68,9 @@ class RnnSeq2SeqConfig(PreTrainedConfig):
             Number of layers.
         cell_type (`str`, defaults to `"lstm"`):
             `lstm` (Hochreiter & Schmidhuber 1997), `gru` (Cho et al. 2014), `rnn_tanh` (Elman 1990), `rnn_relu`
-            (Le et al. 2015), `ln_lstm` and `ln_gru` (layer-normalised: Ba et al. 2016, Chen et al. 2018), `ssru`
-            (no recurrent matrix: Kim et al. 2019).
+            (Le et al. 2015), `ln_lstm` and `ln_gru` (layer-normalised: Ba et al. 2016, Chen et al. 2018),
+            `nematus_gru` and `marian_gru` (layer-normalised as in Nematus, Sennrich et al. 2017, and in Marian,
+            Junczys-Dowmunt et al. 2018), `ssru` (no recurrent matrix: Kim et al. 2019).
         decoder_cell_type (`str`, *optional*):
             The decoder's cell where it differs.
         encoder_type (`str`, defaults to `"rnn"`):
@@ -99,6 +81,9 @@ class RnnSeq2SeqConfig(PreTrainedConfig):
             (Vaswani et al. 2017, with the norm first: Chen et al. 2018); `embedding`, the embeddings alone.
         bidirectional (`bool`, defaults to `True`):
             Whether every layer of an `rnn` or `pyramidal` encoder reads the source in both directions.
+        encoder_transition_depth (`int`, defaults to 1):
+            Number of cells that a step of a recurrent encoder's layer goes through, all after the first without input
+            (deep transition: Miceli Barone et al. 2017).
         reverse_source (`bool`, defaults to `False`):
             The encoder reads the source from its end (Sutskever et al. 2014, section 3.3). Its output stays in the
             source's order.
@@ -115,8 +100,9 @@ class RnnSeq2SeqConfig(PreTrainedConfig):
         bridge_type (`str`, defaults to `"linear"`):
             How the decoder's first state is made: `zeros`; `last`, the encoder's final states layer by layer
             (Sutskever et al. 2014); `mean`, an affine map and tanh of the mean memory (Sennrich et al. 2017);
-            `linear`, an affine map and tanh of the top layer's final state (Bahdanau et al. 2015); `dense`, an affine
-            map and a rectifier of all layers' final states, for h and c each (See et al. 2017).
+            `linear`, an affine map and tanh of the top layer's final state (Bahdanau et al. 2015), `affine` without
+            the tanh; `layerwise`, an affine map of each layer's (fairseq); `dense`, an affine map and a rectifier of
+            all layers' final states, for h and c each (See et al. 2017); `learned`, parameters alone (Yoyodyne).
         attention_type (`str`, defaults to `"additive"`):
             `none`, `dot` and `general` (Luong et al. 2015), `scaled_dot` (Vaswani et al. 2017), `additive` (Bahdanau
             et al. 2015), `normed_additive` (additive with a normalised score vector; Salimans & Kingma 2016),
@@ -136,6 +122,9 @@ class RnnSeq2SeqConfig(PreTrainedConfig):
             Number of heads of `multi_head` attention.
         attention_bias (`bool`, defaults to `False`):
             A bias inside additive scoring's tanh (Nematus; See et al. 2017, eq. 1).
+        layer_norm (`bool`, defaults to `False`):
+            Layer normalisation (Ba et al. 2016) of `additive` attention's two projections and, where they are used,
+            of the `mean` or `linear` bridge's map and the `deep_tanh` head's three (Nematus). Cells have their own.
         attention_coverage (`bool`, defaults to `False`):
             Additive scoring also sees the sum of all earlier weights (Tu et al. 2016; See et al. 2017, eq. 11).
         attention_window (`int`, defaults to 10):
@@ -150,18 +139,22 @@ class RnnSeq2SeqConfig(PreTrainedConfig):
             Who feeds whom in a decoder step: `output_only` (attention after the recurrence, nothing fed back),
             `input_feeding` (Luong et al. 2015, section 3.3), `context_feeding` (the context is merged into the next
             step's input: Vinyals et al. 2015, See et al. 2017), `bahdanau` (attention by the previous state),
+            `bahdanau_joined` (the same, with context and new state joined and not mapped before the head: Yoyodyne),
             `context` (no attention, the source's vector enters every step: Cho et al. 2014), `conditional`
             (attention between two transitions: Sennrich et al. 2017), `gnmt` (the bottom layer's last output
             attends, for all layers: Wu et al. 2016), `gnmt_v2` (its present output attends, for the layers above:
             tf/nmt, NVIDIA), `rnmt_plus` (`gnmt` with the context in the output, too: Chen et al. 2018).
+        readout_type (`str`, defaults to `"tanh"`):
+            From context and state to features, where the wiring has such a map: `tanh`, tanh(W [c; s]); `affine_tanh`,
+            tanh(W [c; s] + b) (Nematus, JoeyNMT); `affine`, W [c; s] + b (OpenNMT-py's "mlp" attention).
         decoder_transition_depth (`int`, defaults to 2):
             Number of transitions of the `conditional` wiring's bottom layer: one before attention, the others after
             (deep transition: Miceli Barone et al. 2017).
         head_type (`str`, defaults to `"linear"`):
-            From the decoder's features to logits: `linear`; `deep` (maxout: Bahdanau et al. 2015, A.2.2);
-            `pointer_generator`, which also copies source words (See et al. 2017).
+            From the decoder's features to logits: `linear`; `deep` (maxout: Bahdanau et al. 2015, A.2.2); `deep_tanh`
+            (Sennrich et al. 2017); `pointer_generator`, which also copies source words (See et al. 2017).
         head_hidden_size (`int`, *optional*):
-            Width of the `deep` head's maxout layer; defaults to `hidden_size`.
+            Width of the hidden layer of `deep` and `deep_tanh`; defaults to `hidden_size`.
         output_normalizer (`str`, defaults to `"softmax"`):
             From scores to probabilities of the target words, and the loss that belongs to it: `softmax`,
             `sparsemax`, `entmax15` (Peters et al. 2019).
@@ -212,6 +205,7 @@ class RnnSeq2SeqConfig(PreTrainedConfig):
     decoder_cell_type: CellType | None = None
     encoder_type: EncoderType = "rnn"
     bidirectional: bool = True
+    encoder_transition_depth: int = 1
     reverse_source: bool = False
     encoder_residual: bool = False
     decoder_residual: bool = False
@@ -227,6 +221,7 @@ class RnnSeq2SeqConfig(PreTrainedConfig):
     attention_hidden_size: int | None = None
     attention_heads: int = 1
     attention_bias: bool = False
+    layer_norm: bool = False
     attention_coverage: bool = False
     attention_window: int = 10
     location_filters: int = 10
@@ -235,6 +230,7 @@ class RnnSeq2SeqConfig(PreTrainedConfig):
     monotonic_noise: float | int = 1.0
     decoder_self_attention: bool = False
     wiring_type: WiringType = "input_feeding"
+    readout_type: Literal["tanh", "affine_tanh", "affine"] = "tanh"
     decoder_transition_depth: int = 2
     head_type: HeadType = "linear"
     head_hidden_size: int | None = None
@@ -263,7 +259,7 @@ class RnnSeq2SeqConfig(PreTrainedConfig):
             near = [match for match in difflib.get_close_matches(name, names, n=1, cutoff=0.85) if match != name]
             if near and not name.startswith("_") and not hasattr(type(self), name):
                 raise ValueError(f"RnnSeq2SeqConfig has no field `{name}`; did you mean `{near[0]}`?")
-        super().__post_init__(**kwargs)
+        super().__post_init__(**with_custom_pipelines(kwargs))
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "RnnSeq2SeqConfig":
         """This configuration. The inherited method would rename `decoder_*` fields onto others of the same ending."""
@@ -337,7 +333,7 @@ class RnnSeq2SeqConfig(PreTrainedConfig):
 
     @property
     def head_size(self) -> int:
-        """Width of the deep head's maxout layer."""
+        """Width of a deep head's hidden layer."""
         return self.hidden_size if self.head_hidden_size is None else self.head_hidden_size
 
     # Cross-field checks; `@strict` runs every `validate_*` method at construction and at save.
@@ -371,12 +367,8 @@ class RnnSeq2SeqConfig(PreTrainedConfig):
 
     def validate_encoder(self) -> None:
         kind = self.encoder_type
-        if (
-            kind in ("rnn", "pyramidal")
-            and self.bidirectional
-            and self.encoder_hidden_size is None
-            and self.hidden_size % 2
-        ):
+        both = kind in ("rnn", "pyramidal") and self.bidirectional
+        if both and self.encoder_hidden_size is None and self.hidden_size % 2:
             raise ValueError(
                 f"`hidden_size` must be even for a bidirectional encoder of half the width, got {self.hidden_size}; "
                 "or give `encoder_hidden_size`, the width of one direction."
@@ -386,6 +378,9 @@ class RnnSeq2SeqConfig(PreTrainedConfig):
                 f"`bidirectional`=False is for the encoders 'rnn' and 'pyramidal'; `encoder_type`={kind!r} has "
                 "directions of its own: leave it out."
             )
+        if self.encoder_transition_depth > 1 and kind not in RECURRENT_ENCODERS:
+            depth = self.encoder_transition_depth
+            raise ValueError(f"`encoder_transition_depth`={depth} is for recurrent encoders: {kind!r} has no steps.")
         if self.encoder_residual and kind != "rnn":
             raise ValueError(
                 f"`encoder_residual` is for `encoder_type`='rnn'; {kind!r} has residual connections of its own or "
@@ -421,6 +416,8 @@ class RnnSeq2SeqConfig(PreTrainedConfig):
             )
         if self.attention_bias and (kind == "monotonic" or scoring != "additive"):
             raise ValueError(f"`attention_bias` is for additive scoring without one, not for {kind!r} by {scoring!r}.")
+        if self.layer_norm and kind != "additive":
+            raise ValueError(f"`layer_norm` is of 'additive' attention's projections, and others; got {kind!r}.")
         if self.attention_coverage and kind not in ("additive", "normed_additive"):
             raise ValueError(
                 "`attention_coverage` is an input to additive scoring: `attention_type` must be 'additive' or "
@@ -447,8 +444,9 @@ class RnnSeq2SeqConfig(PreTrainedConfig):
                 "`wiring_type`='context' hands the source's vector to every step in place of attention: "
                 f"`attention_type` must be 'none', got {self.attention_type!r}, and `decoder_self_attention` False."
             )
-        if self.wiring_type == "context" and self.bridge_type == "zeros":
-            raise ValueError("`wiring_type`='context' takes the source's vector from the bridge, which is 'zeros'.")
+        if self.wiring_type == "context" and self.bridge_type in ("zeros", "learned"):
+            kind = self.bridge_type
+            raise ValueError(f"`wiring_type`='context' takes the source's vector from the bridge, which is {kind!r}.")
         if self.wiring_type in ("gnmt", "gnmt_v2") and self.decoder_layers < 2:
             raise ValueError(
                 f"`wiring_type`={self.wiring_type!r} feeds the layers above the bottom one: `decoder_layers` must be "
@@ -463,8 +461,8 @@ class RnnSeq2SeqConfig(PreTrainedConfig):
             )
 
     def validate_head(self) -> None:
-        if self.head_hidden_size is not None and self.head_type != "deep":
-            raise ValueError(f"`head_hidden_size` is the 'deep' head's; `head_type`={self.head_type!r} has none.")
+        if self.head_hidden_size is not None and self.head_type not in ("deep", "deep_tanh"):
+            raise ValueError(f"`head_hidden_size` is the 'deep' heads'; `head_type`={self.head_type!r} has none.")
         if self.head_type != "pointer_generator":
             return
         if self.attention_type == "none":

@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
+from .additive_scores import additive_scores
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
 from .normalizers import NORMALIZERS
-
-# How many numbers of additive attention's hidden layer, [B, T, S, A], may be held at once: 256 MB in float32.
-MAX_ENERGIES = 2**26
+from .recurrent_layers import GateNorm
+from .step_products import StepLinear
 
 # What attention carries from one target step to the next (nothing, by content alone); each [B, ...].
 Alignment = tuple[torch.Tensor, ...]
@@ -27,8 +27,8 @@ Alignment = tuple[torch.Tensor, ...]
 class PreparedMemory(NamedTuple):
     """One source, made ready for any number of queries."""
 
-    keys: torch.Tensor  # [B, S, *]
-    values: torch.Tensor  # [B, S, *]
+    keys: torch.Tensor  # [B, S, *], or as several heads want them
+    values: torch.Tensor  # [B, S, *], of several heads [B, heads, S, D]
     mask: torch.Tensor  # [B, S], true at tokens
 
 
@@ -37,24 +37,9 @@ def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def dot_scores(query: torch.Tensor, keys: torch.Tensor, heads: int = 1) -> torch.Tensor:
-    """q_h^T k_h: [B, T, heads * D], [B, S, heads * D] -> [B, heads, T, S]."""
-    return split_heads(query, heads) @ split_heads(keys, heads).transpose(2, 3)
-
-
-def additive_scores(query: torch.Tensor, keys: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """v_h^T tanh(q_h + k_h) of projected queries and keys: [B, T, A], [B, S, A], [heads, D] -> [B, heads, T, S]."""
-    queries_at_once = max(MAX_ENERGIES // keys.numel(), 1)
-    if queries_at_once >= query.size(1):
-        return _energies(query, keys, v)
-    # Long sequences: [B, T, S, A] would not fit, so it is made in parts, and made again in the backward pass.
-    parts = query.split(queries_at_once, dim=1)
-    return torch.cat([checkpoint(_energies, part, keys, v, use_reentrant=False) for part in parts], dim=2)
-
-
-def _energies(query: torch.Tensor, keys: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    hidden = torch.tanh(query.unsqueeze(2) + keys.unsqueeze(1))  # [B, T, S, A]
-    return torch.einsum("btshd,hd->bhts", hidden.unflatten(-1, v.shape), v.to(hidden.dtype))
+def dot_scores(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """q^T k: [B, T, D], [B, S, D] -> [B, 1, T, S]."""
+    return (query @ keys.transpose(1, 2)).unsqueeze(1)
 
 
 class Attention(nn.Module):
@@ -109,9 +94,8 @@ class Attention(nn.Module):
         return self.normalize(scores, prepared.mask[:, None, None]), alignment
 
     def average(self, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """All heads' averages side by side: [B, heads, T, S], [B, S, *] -> [B, T, *]."""
-        contexts = self.dropout(weights) @ split_heads(values, weights.size(1))  # [B, heads, T, *]
-        return contexts.transpose(1, 2).flatten(2)
+        """The one head's average: [B, 1, T, S], [B, S, *] -> [B, T, *]."""
+        return self.dropout(weights).squeeze(1) @ values
 
     def forward(
         self, query: torch.Tensor, prepared: PreparedMemory, alignment: Alignment
@@ -191,15 +175,17 @@ class AdditiveAttention(Attention):
     r"""
     score = v^T tanh(W q + U m) (Bahdanau et al. 2015, appendix A.1.2)
 
-    and with `attention_bias` v^T tanh(W q + U m + b), with `attention_coverage` v^T tanh(W q + U m + w_c cov).
+    and with `attention_bias` v^T tanh(W q + U m + b), with `attention_coverage` v^T tanh(W q + U m + w_c cov), with
+    `layer_norm` v^T tanh(N_q(W q) + N_m(U m + b)).
     """
 
     def __init__(self, config: RnnSeq2SeqConfig):
         super().__init__(config)
         size = config.attention_size
-        self.query_projection = nn.Linear(config.query_size, size, bias=False)
+        self.query_projection = StepLinear(config.query_size, size, bias=False)
         self.key_projection = nn.Linear(config.memory_size, size, bias=config.attention_bias)
         self.score_projection = nn.Linear(size, 1, bias=False)
+        self.query_norm, self.key_norm = (GateNorm(1, size) if config.layer_norm else nn.Identity() for _ in "qm")
         self.trace = self.make_trace(config)
         self.feedback = self.trace.feedback
 
@@ -207,14 +193,18 @@ class AdditiveAttention(Attention):
         return Coverage(config) if config.attention_coverage else Trace()
 
     def make_keys(self, memory: torch.Tensor) -> torch.Tensor:
-        return self.key_projection(memory)  # [B, S, A]
+        return self.key_norm(self.key_projection(memory))  # [B, S, A]
 
     def score_vector(self) -> torch.Tensor:
         """v, [1, A]."""
         return self.score_projection.weight
 
+    def project_query(self, query: torch.Tensor) -> torch.Tensor:
+        """[B, T, Q] -> [B, T, A]"""
+        return self.query_norm(self.query_projection(query))
+
     def score(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        return additive_scores(self.query_projection(query), keys, self.score_vector())
+        return additive_scores(self.project_query(query), keys, self.score_vector())
 
     def first_alignment(self, prepared: PreparedMemory) -> Alignment:
         dtype = torch.promote_types(prepared.values.dtype, torch.float32)
@@ -223,9 +213,25 @@ class AdditiveAttention(Attention):
     def weigh(
         self, query: torch.Tensor, prepared: PreparedMemory, alignment: Alignment
     ) -> tuple[torch.Tensor, Alignment]:
-        keys = self.trace(prepared.keys, alignment)
-        weights, _ = super().weigh(query, prepared._replace(keys=keys), alignment)
+        if self.feedback:
+            # Every step has keys of its own, which would otherwise be kept for the backward pass. The projection is
+            # not to run again there: it belongs to the loop (see step_products.py).
+            scores = checkpoint(
+                self.traced_score,
+                self.project_query(query),
+                prepared.keys,
+                alignment,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        else:
+            scores = self.score(query, prepared.keys)
+        weights = self.normalize(scores, prepared.mask[:, None, None])
         return weights, self.trace.update(alignment, weights[:, 0, 0])
+
+    def traced_score(self, projected: torch.Tensor, keys: torch.Tensor, alignment: Alignment) -> torch.Tensor:
+        """`score` of a projected query [B, T, A], with keys as the trace leaves them."""
+        return additive_scores(projected, self.trace(keys, alignment), self.score_vector())
 
 
 class NormedAdditiveAttention(AdditiveAttention):
@@ -258,9 +264,13 @@ class DotHeads(nn.Module):
         super().__init__()
         self.heads = config.attention_heads
 
+    def lay_out(self, keys: torch.Tensor) -> torch.Tensor:
+        """Once a source, as the products want it: [B, S, A] -> [B, heads, D, S]."""
+        return split_heads(keys, self.heads).transpose(2, 3).contiguous()
+
     def forward(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """[B, T, A], [B, S, A] -> [B, heads, T, S]"""
-        return dot_scores(query, keys, self.heads)
+        """[B, T, A], `lay_out`'s keys -> [B, heads, T, S]"""
+        return split_heads(query, self.heads) @ keys
 
 
 class ScaledDotHeads(DotHeads):
@@ -278,6 +288,10 @@ class AdditiveHeads(nn.Module):
         self.score_projection = nn.Linear(  # a row for each head's v
             config.attention_size // config.attention_heads, config.attention_heads, bias=False
         )
+
+    def lay_out(self, keys: torch.Tensor) -> torch.Tensor:
+        """[B, S, A], as it is."""
+        return keys
 
     def forward(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """[B, T, A], [B, S, A] -> [B, heads, T, S]"""
@@ -303,21 +317,23 @@ class MultiHeadAttention(Attention):
         super().__init__(config)
         size = config.attention_size
         self.num_heads = config.attention_heads
-        self.query_projection = nn.Linear(config.query_size, size, bias=False)
+        self.query_projection = StepLinear(config.query_size, size, bias=False)
         self.key_projection = nn.Linear(config.memory_size, size, bias=config.attention_bias)
         self.value_projection = nn.Linear(config.memory_size, size, bias=False)
-        self.output_projection = nn.Linear(size, size, bias=False)
+        self.output_projection = StepLinear(size, size, bias=False)
         self.context_size = size
         self.scoring = HEAD_SCORINGS[config.scoring](config)
 
     def make_keys(self, memory: torch.Tensor) -> torch.Tensor:
-        return self.key_projection(memory)  # [B, S, A]
+        return self.scoring.lay_out(self.key_projection(memory))
 
     def make_values(self, memory: torch.Tensor) -> torch.Tensor:
-        return self.value_projection(memory)  # [B, S, A]
+        # Contiguous, or every step would copy it for its product, and keep the copy for the backward pass.
+        return split_heads(self.value_projection(memory), self.num_heads).contiguous()
 
     def score(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         return self.scoring(self.query_projection(query), keys)
 
     def average(self, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return self.output_projection(super().average(weights, values))
+        contexts = self.dropout(weights) @ values  # [B, heads, T, D]
+        return self.output_projection(contexts.transpose(1, 2).flatten(2))

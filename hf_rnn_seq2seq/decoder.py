@@ -13,6 +13,7 @@ from .attention import PreparedMemory
 from .cache_rnn_seq2seq import DecoderState
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
 from .scheduled_sampling import OwnInputs
+from .step_products import shared_by_steps
 from .wirings import WIRINGS, StepOutput
 
 
@@ -61,13 +62,15 @@ class RnnSeq2SeqDecoder(nn.Module):
         x = self.embedding_dropout(x)
         at_once = mask is None and own is None and not self.wiring.sequential
         steps: list[StepOutput] = []
-        for t, x_t in enumerate((x,) if at_once else x.split(1, dim=1)):
-            if own is not None and steps:
-                predicted = self.embedding_dropout(own.embed(steps[-1], self.embed_tokens))
-                x_t = torch.where(own.chosen[:, t, None, None], predicted.to(x_t.dtype), x_t)
-            output, new_state = self._run(x_t, state, prepared)
-            state = new_state if mask is None else new_state.where(mask[:, t], state)
-            steps.append(output)
+        # With gradient checkpointing a step runs again in the backward pass, after the loop.
+        with shared_by_steps(x.size(1) > 1 and not at_once and not (self.gradient_checkpointing and self.training)):
+            for t, x_t in enumerate((x,) if at_once else x.split(1, dim=1)):
+                if own is not None and steps:
+                    predicted = self.embedding_dropout(own.embed(steps[-1], self.embed_tokens))
+                    x_t = torch.where(own.chosen[:, t, None, None], predicted.to(x_t.dtype), x_t)
+                output, new_state = self._run(x_t, state, prepared)
+                state = new_state if mask is None else new_state.where(mask[:, t], state)
+                steps.append(output)
         if len(steps) > 1:
             output = StepOutput(
                 features=torch.cat([step.features for step in steps], dim=1),

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
-from .recurrent_layers import CELLS
+from .recurrent_layers import CELLS, RecurrentLayer, State
 
 
 class BodyOutput(NamedTuple):
@@ -86,17 +86,47 @@ class EncoderBody(nn.Module):
         raise NotImplementedError
 
 
+class DeepTransition(nn.Module):
+    """
+    A recurrent layer whose step goes through several cells, the first with the input (Pascanu et al. 2014; Miceli
+    Barone et al. 2017): s <- RNN_1(x_t, s), s <- RNN_k(s) for the others.
+    """
+
+    def __init__(self, cells: list[RecurrentLayer]):
+        super().__init__()
+        self.cells = nn.ModuleList(cells)
+
+    def forward(self, x: torch.Tensor, state: None, mask: torch.Tensor | None) -> tuple[torch.Tensor, State]:
+        """As of a [`RecurrentLayer`] that starts from zeros: x [B, T, D], mask [B, T] -> [B, T, H], the last state."""
+        cells: list[RecurrentLayer] = list(self.cells)  # type: ignore[arg-type]  # a ModuleList has no element type
+        noises = [cell.sample_noise(x) for cell in cells]
+        current, outputs = cells[0].zero_state(x), []
+        for t, x_t in enumerate(zero_padding(x, mask).unbind(1)):
+            new = current
+            for cell, noise in zip(cells, noises, strict=True):
+                new = cell.step(x_t, new, noise)
+                x_t = x_t[:, :0]  # the cells after the first have no input
+            if mask is not None:
+                new = tuple(torch.where(mask[:, t, None], n, o) for n, o in zip(new, current, strict=True))
+            current = new
+            outputs.append(current[0])
+        return zero_padding(torch.stack(outputs, dim=1), mask), current
+
+
 class EncoderLayer(GradientCheckpointingLayer):
-    """One recurrent layer of the encoder, in one direction or both (Schuster & Paliwal 1997)."""
+    """
+    One recurrent layer of the encoder, in one direction or both (Schuster & Paliwal 1997), with
+    `encoder_transition_depth` above 1 a [`DeepTransition`].
+    """
 
     def __init__(self, config: RnnSeq2SeqConfig, input_size: int, bidirectional: bool):
         super().__init__()
-        cell = CELLS[config.cell_type]
         size = config.encoder_direction_size
-        directions = ["forward_layer", "backward_layer"] if bidirectional else ["forward_layer"]
-        self.directions = nn.ModuleDict(
-            {name: cell(input_size, size, config.recurrent_dropout, config.zoneout) for name in directions}
-        )
+        widths = [input_size] + [0] * (config.encoder_transition_depth - 1)
+        self.directions = nn.ModuleDict()
+        for name in ["forward_layer", "backward_layer"] if bidirectional else ["forward_layer"]:
+            cells = [CELLS[config.cell_type](w, size, config.recurrent_dropout, config.zoneout) for w in widths]
+            self.directions[name] = DeepTransition(cells) if len(cells) > 1 else cells[0]
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """x [B, S, D], mask [B, S] -> outputs [B, S, H or 2H], final state [B, N, H or 2H]."""

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_rnn_seq2seq import RnnSeq2SeqCache
 from .encoders import RnnSeq2SeqEncoderOutput
+from .fast_generation import DecodingSteps
 from .generation_rnn_seq2seq import RnnSeq2SeqGenerationMixin
 from .modeling_rnn_seq2seq import RnnSeq2SeqForConditionalGeneration
 
@@ -96,6 +97,38 @@ class RnnSeq2SeqEnsembleCache(Cache):
         return all(member.is_initialized for member in self.members)
 
 
+class EnsembleSteps:
+    """The members' `DecodingSteps` as one: arguments and methods are theirs."""
+
+    def __init__(
+        self,
+        model: "RnnSeq2SeqEnsemble",
+        cache: RnnSeq2SeqEnsembleCache,
+        encoder_outputs: ModelOutput,
+        copy_ids: torch.Tensor | None,
+    ):
+        self.model = model
+        self.members = [
+            DecodingSteps(member, own, member_output(encoder_outputs, index), copy_ids)
+            for index, (member, own) in enumerate(zip(model.members, cache.members, strict=True))
+        ]
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model._average([member(tokens).unsqueeze(1) for member in self.members])[:, 0]
+
+    def select(self, rows: torch.Tensor) -> None:
+        for member in self.members:
+            member.select(rows)
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        for member in self.members:
+            member.reorder(rows)
+
+    def repeat(self, times: int) -> None:
+        for member in self.members:
+            member.repeat(times)
+
+
 class RnnSeq2SeqEnsemble(PreTrainedModel, RnnSeq2SeqGenerationMixin):
     """
     An ensemble of models of any architectures that read the same source ids and write the same target ids. It
@@ -122,6 +155,7 @@ class RnnSeq2SeqEnsemble(PreTrainedModel, RnnSeq2SeqGenerationMixin):
 
     main_input_name = "input_ids"
     accepts_loss_kwargs = True  # tells the Trainer to hand in `num_items_in_batch`
+    decoding_steps = EnsembleSteps
     _is_stateful = True  # a state can't take tokens back
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  transformers' class attribute
 

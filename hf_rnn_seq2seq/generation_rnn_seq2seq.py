@@ -1,6 +1,7 @@
 """What generate() must know about a recurrent decoder and about two vocabularies."""
 
 import copy
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -13,10 +14,12 @@ from transformers.generation import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation.utils import GenerateBeamOutput
+from transformers.generation.utils import GenerateBeamOutput, GenerateNonBeamOutput
 
 from .beam_options import take_options
 from .beam_search import beam_search
+from .fast_generation import is_covered, sample, search_beams
+from .step_products import packed_weights
 
 
 class TargetStopStringCriteria(StopStringCriteria):
@@ -50,6 +53,21 @@ class TargetStopStringCriteria(StopStringCriteria):
 
 class RnnSeq2SeqGenerationMixin(GenerationMixin):
     """transformers' generate() with its hooks set for a recurrent state, and with the options `BeamSearchOptions`."""
+
+    _fast_generation = True  # False leaves every loop to transformers, to compare with
+
+    def packed(self) -> AbstractContextManager[None]:
+        """
+        Around many calls of generate() on a CPU, for speed where batches are small:
+
+            with model.packed():
+                for batch in batches:
+                    model.generate(**batch)
+
+        Large matrices are brought into the layout of oneDNN's products once, at their first use inside, and not by
+        every call; they take their memory a second time. No weight may change inside.
+        """
+        return packed_weights()
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -85,9 +103,19 @@ class RnnSeq2SeqGenerationMixin(GenerationMixin):
     ) -> GenerateBeamOutput | torch.LongTensor:
         """transformers' beam search; with options of `BeamSearchOptions`, on a view of this model."""
         options = getattr(generation_config, "_beam_search_options", None)
-        if options is None:
-            return super()._beam_search(input_ids, generation_config=generation_config, **kwargs)  # type: ignore[misc]
-        return beam_search(self, options, input_ids, generation_config, **kwargs)
+        if options is not None:
+            return beam_search(self, options, input_ids, generation_config, **kwargs)
+        if is_covered(self, input_ids, generation_config, kwargs):
+            return search_beams(self, input_ids, config=generation_config, **kwargs)
+        return super()._beam_search(input_ids, generation_config=generation_config, **kwargs)  # type: ignore[misc]
+
+    def _sample(  # type: ignore[override]  # the same
+        self, input_ids: torch.LongTensor, *, generation_config: GenerationConfig, **kwargs: Any
+    ) -> GenerateNonBeamOutput | torch.LongTensor:
+        """Greedy search and sampling."""
+        if is_covered(self, input_ids, generation_config, kwargs):
+            return sample(self, input_ids, config=generation_config, **kwargs)
+        return super()._sample(input_ids, generation_config=generation_config, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # the same
         self,

@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
+from .recurrent_layers import GateNorm
+from .step_products import StepLinear
 
 
 class HeadInput(NamedTuple):
@@ -53,15 +55,15 @@ class LinearHead(Head):
     def __init__(self, config: RnnSeq2SeqConfig, features_size: int, gate_size: int):
         super().__init__(config, features_size, gate_size)
         width = config.target_embedding_size if config.tie_word_embeddings else features_size
-        self.projection = nn.Identity() if width == features_size else nn.Linear(features_size, width, bias=False)
-        self.output = nn.Linear(width, config.vocab_size)
+        self.projection = nn.Identity() if width == features_size else StepLinear(features_size, width, bias=False)
+        self.output = StepLinear(width, config.vocab_size)
 
     def forward(self, inputs: HeadInput) -> torch.Tensor:
-        return self.scores(inputs.features)
+        return self.output(self.before_output(inputs))
 
-    def scores(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, T, F] -> [B, T, V]"""
-        return self.output(self.projection(x))
+    def before_output(self, inputs: HeadInput) -> torch.Tensor:
+        """What the output layer reads, [B, T, *]."""
+        return self.projection(inputs.features)
 
 
 class DeepHead(LinearHead):
@@ -78,11 +80,37 @@ class DeepHead(LinearHead):
 
     def __init__(self, config: RnnSeq2SeqConfig, features_size: int, gate_size: int):
         super().__init__(config, config.head_size, gate_size)
-        self.maxout = nn.Linear(features_size, 2 * config.head_size, bias=False)
+        self.maxout = StepLinear(features_size, 2 * config.head_size, bias=False)
 
-    def forward(self, inputs: HeadInput) -> torch.Tensor:
+    def before_output(self, inputs: HeadInput) -> torch.Tensor:
         pairs = self.maxout(inputs.features).unflatten(-1, (-1, 2))  # [B, T, head_size, 2]
-        return self.scores(pairs.amax(-1))
+        return self.projection(pairs.amax(-1))
+
+
+class DeepTanhHead(LinearHead):
+    """
+    A hidden layer as wide as the embeddings or as `head_hidden_size` says (Sennrich et al. 2017, Nematus, eq. 5-6):
+
+        t = tanh(W_c c + W_s s + W_x x + b),  scores = W_o t + b_o
+
+    and with `layer_norm` t = tanh(N_c(W_c c + b_c) + N_s(W_s s + b_s) + N_x(W_x x + b_x)).
+    """
+
+    raw = True
+
+    def __init__(self, config: RnnSeq2SeqConfig, features_size: int, gate_size: int):
+        super().__init__(config, config.head_size, gate_size)
+        own = config.hidden_size + config.target_embedding_size  # what of [c; s; x] is not c
+        parts = [features_size - own, config.hidden_size, config.target_embedding_size]
+        self.widths = parts if config.layer_norm else [features_size]
+        self.hidden = nn.ModuleList([StepLinear(width, config.head_size) for width in self.widths])
+        self.norm = GateNorm(len(self.widths), config.head_size) if config.layer_norm else nn.Identity()
+
+    def before_output(self, inputs: HeadInput) -> torch.Tensor:
+        parts = inputs.features.split(self.widths, dim=-1)
+        mapped = torch.cat([layer(part) for layer, part in zip(self.hidden, parts, strict=True)], dim=-1)
+        added = self.norm(mapped).unflatten(-1, (len(self.widths), -1)).sum(-2)
+        return self.projection(torch.tanh(added))
 
 
 class PointerGeneratorHead(LinearHead):
@@ -102,12 +130,12 @@ class PointerGeneratorHead(LinearHead):
 
     def __init__(self, config: RnnSeq2SeqConfig, features_size: int, gate_size: int):
         super().__init__(config, features_size, gate_size)
-        self.gate = nn.Linear(gate_size, 1)
+        self.gate = StepLinear(gate_size, 1)
 
     def forward(self, inputs: HeadInput) -> torch.Tensor:
         assert inputs.copy_ids is not None
         assert inputs.weights is not None
-        scores = self.scores(inputs.features)
+        scores = super().forward(inputs)
         dtype = torch.promote_types(scores.dtype, torch.float32)
         tiny = torch.finfo(torch.float32).tiny
         gate = self.gate(inputs.gate_input).to(dtype)  # [B, T, 1]
@@ -139,6 +167,7 @@ class PointerGeneratorHead(LinearHead):
 HEADS: dict[str, type[Head]] = {
     "linear": LinearHead,
     "deep": DeepHead,
+    "deep_tanh": DeepTanhHead,
     "pointer_generator": PointerGeneratorHead,
 }
 

@@ -29,12 +29,23 @@ def _tsallis_entropy(weights: torch.Tensor, normalizer: str) -> torch.Tensor:
     return (weights * (1 - weights.sqrt())).sum(-1) / 0.75
 
 
+def fenchel_young_losses(
+    scores: torch.Tensor, weights: torch.Tensor, gold: torch.Tensor, normalizer: str
+) -> torch.Tensor:
+    """
+    L(z, y) = (p - e_y)^T z + H(p) (Peters et al. 2019, section 3; Blondel et al. 2019): scores z [N, V], weights p
+    [N, V], gold classes y [N] -> losses [N].
+    """
+    # p - e_y sums to zero, so that a shift of z changes nothing, and keeps the products of large scores exact.
+    z = scores - scores.amax(-1, keepdim=True)
+    expected = (weights * z).sum(-1) - z.gather(-1, gold.unsqueeze(-1)).squeeze(-1)
+    return (expected + _tsallis_entropy(weights, normalizer)).clamp(min=0)  # below zero by rounding only
+
+
 class _FenchelYoungLoss(torch.autograd.Function):
     """
-    L(z, y) = (p - e_y)^T z + H(p), with dL/dz = p - e_y (Peters et al. 2019, section 3; Blondel et al. 2019).
-
-    scores z [N, V], weights p [N, V], gold classes y [N] -> losses [N]. As p maximises p^T z + H(p), no gradient comes
-    through p, so that there is nothing to be done for the normaliser in the backward pass.
+    [`fenchel_young_losses`], with dL/dz = p - e_y. As p maximises p^T z + H(p), no gradient comes through p, so that
+    there is nothing to be done for the normaliser in the backward pass.
     """
 
     @staticmethod
@@ -42,10 +53,7 @@ class _FenchelYoungLoss(torch.autograd.Function):
         ctx: FunctionCtx, scores: torch.Tensor, weights: torch.Tensor, gold: torch.Tensor, normalizer: str
     ) -> torch.Tensor:
         ctx.save_for_backward(weights, gold)
-        # p - e_y sums to zero, so that a shift of z changes nothing, and keeps the products of large scores exact.
-        z = scores - scores.amax(-1, keepdim=True)
-        expected = (weights * z).sum(-1) - z.gather(-1, gold.unsqueeze(-1)).squeeze(-1)
-        return (expected + _tsallis_entropy(weights, normalizer)).clamp(min=0)  # below zero by rounding only
+        return fenchel_young_losses(scores, weights, gold, normalizer)
 
     @staticmethod
     def backward(ctx: BackwardCFunction, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
@@ -155,6 +163,11 @@ def log_probabilities(scores: torch.Tensor, normalizer: str) -> torch.Tensor:
     if normalizer == "softmax":
         return torch.log_softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1)
     return NORMALIZERS[normalizer](scores, None).clamp(min=torch.finfo(torch.float32).tiny).log()
+
+
+def as_logits(scores: torch.Tensor, normalizer: str) -> torch.Tensor:
+    """What generate() may put through a softmax: the scores, or the log-probabilities of another normaliser."""
+    return scores if normalizer == "softmax" else log_probabilities(scores, normalizer)
 
 
 def coverage_loss(

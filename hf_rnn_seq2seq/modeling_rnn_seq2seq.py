@@ -17,12 +17,15 @@ from transformers.utils import can_return_tuple
 from .attention import PreparedMemory
 from .bridges import BRIDGES
 from .cache_rnn_seq2seq import DecoderState, RnnSeq2SeqCache
+from .chunked_loss import head_loss
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
 from .decoder import RnnSeq2SeqDecoder
 from .encoders import RnnSeq2SeqEncoder, RnnSeq2SeqEncoderOutput
+from .fast_generation import DecodingSteps
 from .generation_rnn_seq2seq import RnnSeq2SeqGenerationMixin
 from .heads import HEADS, HeadInput, check_copy_ids
-from .losses import coverage_loss, log_probabilities, smoothing_loss, token_loss
+from .int8 import register
+from .losses import as_logits, coverage_loss
 from .scheduled_sampling import OwnInputs, ScheduledSampling
 from .wirings import StepOutput
 
@@ -218,8 +221,7 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
@@ -357,6 +359,7 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
     """[`RnnSeq2SeqModel`] with a head over the target vocabulary, a loss, and generate()."""
 
     accepts_loss_kwargs = True  # tells the Trainer to hand in `num_items_in_batch`
+    decoding_steps = DecodingSteps  # this forward pass, step by step; a subclass with another one needs others
     _tied_weights_keys = {"head.output.weight": "model.decoder.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: RnnSeq2SeqConfig):
@@ -403,6 +406,7 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
         copy_ids: torch.Tensor | None = None,
         smoothing: float = 0.0,
         scheduled_sampling: ScheduledSampling | None = None,
+        skip_logits: bool = False,
     ) -> RnnSeq2SeqLMOutput:
         """
         [`RnnSeq2SeqModel.forward`]'s arguments, and
@@ -417,6 +421,7 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
                 A [`RnnSeq2SeqTokenizer`] with `copies_source=True` makes them; with one vocabulary, `input_ids` serve.
             smoothing: share of every label's mass that goes to all words alike, see `smoothing_loss`.
             scheduled_sampling: in training, let the decoder read some predictions of its own.
+            skip_logits: return the loss without `logits`, which are then never all in memory (see `head_loss`).
 
         Returns:
             `RnnSeq2SeqLMOutput`; `loss` is the mean over the labels of `config.output_normalizer`'s loss (for softmax,
@@ -427,6 +432,8 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        elif skip_logits:
+            raise ValueError("`skip_logits=True` leaves the loss alone, which needs `labels`.")
         if copy_ids is not None and not self.head.copies:
             raise ValueError(
                 f"`copy_ids` is for a head that copies, but `config.head_type` is {self.config.head_type!r}."
@@ -451,22 +458,21 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
             return_dict=True,
         )
         parts = StepOutput(outputs.last_hidden_state, outputs.attention_weights, outputs.gate_input, ())
-        scores = self._scores(outputs.source_ids, parts, copy_ids)
+        inputs = self._head_input(outputs.source_ids, parts, copy_ids)
+        scores = None if skip_logits else self.head(inputs)
         loss = smoothing_part = None
         if labels is not None:
-            loss = self._loss(scores, labels, num_items_in_batch)
-            if smoothing > 0:
-                smoothing_part = smoothing_loss(scores, labels, self.config.vocab_size, num_items_in_batch)
-                loss = loss + smoothing * smoothing_part
+            loss, smoothing_part = head_loss(
+                self.head, inputs, scores, labels, self.config, self.loss_function, num_items_in_batch, smoothing
+            )
             if self.config.coverage_loss_weight > 0:
                 weights = outputs.attention_weights
                 if decoder_attention_mask is not None:  # no attention is paid at padding
                     weights = weights * decoder_attention_mask[:, None, -labels.size(1) :, None]
                 loss = loss + self.config.coverage_loss_weight * coverage_loss(weights, labels, num_items_in_batch)
-        normalizer = self.config.output_normalizer
         return RnnSeq2SeqLMOutput(
             loss=loss,
-            logits=scores if normalizer == "softmax" else log_probabilities(scores, normalizer),
+            logits=None if scores is None else as_logits(scores, self.config.output_normalizer),
             past_key_values=outputs.past_key_values,
             decoder_hidden_states=outputs.decoder_hidden_states,
             cross_attentions=outputs.cross_attentions,
@@ -476,25 +482,19 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
             smoothing_loss=smoothing_part,
         )
 
+    def _head_input(
+        self, source_ids: torch.Tensor | None, output: StepOutput, copy_ids: torch.Tensor | None
+    ) -> HeadInput:
+        copied = check_copy_ids(self.config, copy_ids, source_ids, output.weights)
+        return HeadInput(output.features, output.weights, output.gate_input, *copied)
+
     def _scores(
         self, source_ids: torch.Tensor | None, output: StepOutput, copy_ids: torch.Tensor | None
     ) -> torch.Tensor:
         """The head's, of one step or of all."""
-        copied = check_copy_ids(self.config, copy_ids, source_ids, output.weights)
-        return self.head(HeadInput(output.features, output.weights, output.gate_input, *copied))
+        return self.head(self._head_input(source_ids, output, copy_ids))
 
-    def _loss(
-        self, scores: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
-    ) -> torch.Tensor:
-        """Scores [B, T, V], labels [B, T] -> the loss that belongs to `output_normalizer`."""
-        shape, normalizer = scores.shape[:2], self.config.output_normalizer
-        if labels.shape != shape:
-            raise ValueError(
-                f"`labels` must have the decoder input's shape {tuple(shape)}, got {tuple(labels.shape)}."
-            )
-        if normalizer == "softmax":  # transformers' way, on which a user may put another function
-            return self.loss_function(scores, labels, scores.size(-1), num_items_in_batch=num_items_in_batch)
-        return token_loss(scores, labels, normalizer, num_items_in_batch)
 
+register()  # before a checkpoint whose weights are in eight bits is looked into
 
 __all__ = ["RnnSeq2SeqForConditionalGeneration", "RnnSeq2SeqModel", "RnnSeq2SeqPreTrainedModel"]

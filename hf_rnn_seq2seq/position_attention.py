@@ -23,6 +23,7 @@ from .content_attention import (
     Trace,
 )
 from .recurrent_layers import LinearRecurrence
+from .step_products import StepLinear
 
 
 class Location(Trace):
@@ -125,8 +126,8 @@ class LocalPAttention(LocalAttention):
 
     def __init__(self, config: RnnSeq2SeqConfig):
         super().__init__(config)
-        self.position_projection = nn.Linear(config.query_size, config.hidden_size, bias=False)
-        self.position_score = nn.Linear(config.hidden_size, 1, bias=False)
+        self.position_projection = StepLinear(config.query_size, config.hidden_size, bias=False)
+        self.position_score = StepLinear(config.hidden_size, 1, bias=False)
 
     def weigh(
         self, query: torch.Tensor, prepared: PreparedMemory, alignment: Alignment

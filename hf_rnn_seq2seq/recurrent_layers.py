@@ -6,158 +6,25 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import initialization as init
 
-# What a cell carries from step to step, output first: (h,) or, for a cell with a memory, (h, c); each [B, H].
-State = tuple[torch.Tensor, ...]
+from .recurrent_base import RecurrentLayer, State
+from .step_products import linear
 
 # At a padded step this pre-activation closes or opens a gate completely: sigmoid(+-1e4) is exactly 1 or 0 in every
 # floating-point type, and 1e4 is still finite in float16.
 SATURATED = 1e4
 
 
-class RecurrentLayer(nn.Module):
-    """
-    One layer, one direction.
-
-    A subclass says what one step computes, and may know a faster way through a sequence than step by step.
-
-    Args:
-        input_size: width D of the input; 0 for a transition without one.
-        hidden_size: width H of the state.
-        recurrent_dropout: variational dropout of h_{t-1} where it enters the gates (Gal & Ghahramani 2016).
-        zoneout: probability that a unit of the state keeps its old value (Krueger et al. 2017).
-    """
-
-    num_gates: int
-    num_states: int = 1
-    forget_gate: int | None = None  # which of the gates, if one of them starts open
-
-    def __init__(self, input_size: int, hidden_size: int, recurrent_dropout: float = 0.0, zoneout: float = 0.0):
-        super().__init__()
-        self.input_size, self.hidden_size = input_size, hidden_size
-        self.recurrent_dropout, self.zoneout = recurrent_dropout, zoneout
-        self.weight_ih = nn.Parameter(torch.empty(self.num_gates * hidden_size, input_size))
-
-    def reset_weights(self) -> None:
-        """First values; leaves alone what was loaded from a checkpoint."""
-        self._reset_gates(self.weight_ih, init.xavier_uniform_)
-
-    def _reset_gates(self, weight: torch.Tensor, initialise: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if not getattr(weight, "_is_hf_initialized", False):  # the mark is not carried over to views
-            for gate in weight.chunk(self.num_gates):  # a packed matrix is several matrices
-                initialise(gate)
-
-    def initial_bias(self) -> torch.Tensor:
-        """The input's part of the gates' bias before training, [num_gates * H]."""
-        bias = torch.zeros(self.num_gates, self.hidden_size)
-        if self.forget_gate is not None:
-            bias[self.forget_gate] = 1.0  # Jozefowicz et al. 2015
-        return bias.flatten()
-
-    def zero_state(self, x: torch.Tensor) -> State:
-        return tuple(x.new_zeros(x.size(0), self.hidden_size) for _ in range(self.num_states))
-
-    def sample_noise(self, x: torch.Tensor) -> State:
-        """The dropout mask of h for one pass over a sequence: ([B, H],), or () when there is none. `x`: [B, ...]."""
-        if not (self.training and self.recurrent_dropout > 0):
-            return ()
-        keep = 1 - self.recurrent_dropout
-        return (torch.bernoulli(x.new_full((x.size(0), self.hidden_size), keep)) / keep,)
-
-    def _cast(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Everything in the one type that the kernels want: autocast's inside autocast, else the weights'."""
-        device_type = self.weight_ih.device.type
-        dtype = self.weight_ih.dtype
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-        return [tensor.to(dtype) for tensor in tensors]
-
-    def project(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        What `cell` takes of the input, which no state has a part in: x [B, D], or [B, T, D] for all steps at once.
-        Here x itself.
-        """
-        return x
-
-    def cell(self, x: torch.Tensor, state: State, noise: State) -> State:
-        """The equations of one step: `project`'s of one token, state of [B, H] -> state of [B, H]."""
-        raise NotImplementedError
-
-    @staticmethod
-    def drop(h: torch.Tensor, noise: State) -> torch.Tensor:
-        """h [B, H] as it enters the gates."""
-        return h * noise[0].to(h.dtype) if noise else h
-
-    def step(self, x: torch.Tensor, state: State, noise: State = ()) -> State:
-        """
-        One step: x [B, D], state of [B, H] -> state of [B, H], the first being the output.
-
-        `noise` is `sample_noise`'s, the same for all steps of a sequence.
-        """
-        x, *old = self._cast(x, *state)
-        return self._advance(self.project(x), tuple(old), noise)
-
-    def _advance(self, x: torch.Tensor, old: State, noise: State) -> State:
-        """`cell` with zoneout."""
-        new = self.cell(x, old, noise)
-        if self.zoneout == 0:
-            return new
-        # Krueger et al. 2017, eq. 2: in training some units keep their value, in use each moves by the expectation.
-        if self.training:
-            keep = [torch.rand_like(value) < self.zoneout for value in new]
-            return tuple(torch.where(k, o, n) for k, o, n in zip(keep, old, new, strict=True))
-        return tuple(torch.lerp(n, o, self.zoneout) for o, n in zip(old, new, strict=True))
-
-    def forward(
-        self, x: torch.Tensor, state: State | None = None, mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, State]:
-        """
-        A whole sequence: x [B, T, D] -> outputs [B, T, H] and the final state.
-
-        With `mask` [B, T] (true at tokens) padding on either side leaves the state alone and outputs are zero there;
-        the state must then start at zero (`state=None`).
-        """
-        if mask is not None and state is not None:
-            raise ValueError("`mask` is for a layer that starts from zeros: pass no `state` with it.")
-        if state is None:
-            state = self.zero_state(x)
-        if mask is not None:  # whatever stands at padding, no gradient is to see it
-            x = x.masked_fill(~mask.unsqueeze(-1), 0)
-        if self.zoneout > 0 or (self.training and self.recurrent_dropout > 0):
-            return self._forward_by_steps(x, state, mask)
-        return self._forward_at_once(x, state, mask)
-
-    def _forward_at_once(self, x: torch.Tensor, state: State, mask: torch.Tensor | None) -> tuple[torch.Tensor, State]:
-        """`forward` without recurrent dropout and zoneout, for a cell that then need not go step by step."""
-        return self._forward_by_steps(x, state, mask)
-
-    def _forward_by_steps(
-        self, x: torch.Tensor, state: State, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, State]:
-        """`forward` by `step`'s own code, with the input's part done for all steps before."""
-        noise = self.sample_noise(x)
-        (x,) = self._cast(x)
-        state = tuple(self._cast(*state))
-        outputs = []
-        for t, x_t in enumerate(self.project(x).unbind(1)):
-            new = self._advance(x_t, state, noise)
-            if mask is not None:
-                token = mask[:, t].unsqueeze(1)  # [B, 1]
-                new = tuple(torch.where(token, n, o) for n, o in zip(new, state, strict=True))
-                outputs.append(new[0] * token)
-            else:
-                outputs.append(new[0])
-            state = new
-        return torch.stack(outputs, dim=1), state
-
-
 class KernelLayer(RecurrentLayer):
-    """A cell of torch's. A subclass names the kernels and says how a padded step is made to leave the state alone."""
+    """
+    A cell of torch's. A subclass names the kernel for sequences, has the equations of a step, and says how a padded
+    step is made to leave the state alone.
+    """
 
     fused: Callable[..., tuple[torch.Tensor, ...]]
-    fused_cell: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
 
     def __init__(self, input_size: int, hidden_size: int, recurrent_dropout: float = 0.0, zoneout: float = 0.0):
         super().__init__(input_size, hidden_size, recurrent_dropout, zoneout)
@@ -179,11 +46,15 @@ class KernelLayer(RecurrentLayer):
     def _weights(self) -> list[torch.Tensor]:
         return self._cast(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
 
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight_ih, self.bias_ih)  # [..., num_gates * H]
+
     def cell(self, x: torch.Tensor, state: State, noise: State) -> State:
-        h, *rest = state
-        h = self.drop(h, noise)
-        new = type(self).fused_cell(x, (h, *rest) if rest else h, *self._weights())
-        return (new,) if isinstance(new, torch.Tensor) else new
+        return self.update(x, linear(self.drop(state[0], noise), self.weight_hh, self.bias_hh), state)
+
+    def update(self, from_x: torch.Tensor, from_h: torch.Tensor, state: State) -> State:
+        """The new state, given what x_t and h_{t-1} add to the gates, [B, num_gates * H] each."""
+        raise NotImplementedError
 
     def _forward_at_once(self, x: torch.Tensor, state: State, mask: torch.Tensor | None) -> tuple[torch.Tensor, State]:
         x, *state_list = self._cast(x, *state)
@@ -233,13 +104,63 @@ class LSTM(KernelLayer):
     num_states = 2
     forget_gate = 1
     fused = torch.lstm
-    fused_cell = torch.lstm_cell
+
+    def update(self, from_x: torch.Tensor, from_h: torch.Tensor, state: State) -> State:
+        c = state[1]
+        if torch.compiler.is_compiling():  # which makes one kernel of the equations
+            return lstm_update(from_x + from_h, c)
+        if from_x.is_cuda:
+            return torch.ops.aten._thnn_fused_lstm_cell(from_x, from_h, c)[:2]
+        return LstmUpdate.apply(from_x, from_h, c) if torch.is_grad_enabled() else lstm_update(from_x + from_h, c)
 
     def padding_gates(self, bias: torch.Tensor) -> torch.Tensor:
         # i = 0 and f = 1 keep c; h = o tanh(c) stays zero before the first token, since c is; after the last token it
         # is not read.
         one_gate = torch.full_like(bias[: self.hidden_size], SATURATED)
         return torch.cat((-one_gate, one_gate, 0 * one_gate, 0 * one_gate))
+
+
+def lstm_update(gates: torch.Tensor, c: torch.Tensor) -> State:
+    """h_t and c_t [B, H] from the gates' pre-activations [B, 4H] and c_{t-1} [B, H]."""
+    i, f, g, o = gates.chunk(4, dim=1)
+    c = torch.addcmul(torch.sigmoid(f) * c, torch.sigmoid(i), torch.tanh(g))
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+class LstmUpdate(torch.autograd.Function):
+    """[`lstm_update`] of from_x + from_h, whose backward pass is written out: a third of autograd's operations."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, from_x: torch.Tensor, from_h: torch.Tensor, c: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gates = from_x + from_h
+        i, f, g, o = gates.chunk(4, dim=1)
+        gates[:, : 2 * c.size(1)].sigmoid_()
+        g.tanh_()
+        o.sigmoid_()
+        new_c = torch.addcmul(f * c, i, g)
+        tanh_c = torch.tanh(new_c)
+        ctx.save_for_backward(gates, c, tanh_c)
+        return o * tanh_c, new_c
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_h: torch.Tensor, grad_c: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        gates, c, tanh_c = ctx.saved_tensors
+        i, f, g, o = gates.chunk(4, dim=1)
+        grad_c = grad_c + torch.ops.aten.tanh_backward(grad_h * o, tanh_c)
+        grad = torch.cat((grad_c * g, grad_c * c, grad_c * i, grad_h * tanh_c), dim=1)
+        size = c.size(1)
+        for part, backward in (
+            (slice(2 * size), torch.ops.aten.sigmoid_backward),
+            (slice(2 * size, 3 * size), torch.ops.aten.tanh_backward),
+            (slice(3 * size, 4 * size), torch.ops.aten.sigmoid_backward),
+        ):
+            backward.grad_input(grad[:, part], gates[:, part], grad_input=grad[:, part])
+        return grad, grad, grad_c * f
 
 
 class GRU(KernelLayer):
@@ -252,15 +173,9 @@ class GRU(KernelLayer):
 
     num_gates = 3
     fused = torch.gru
-    fused_cell = torch.gru_cell
 
-    def cell(self, x: torch.Tensor, state: State, noise: State) -> State:
-        if not noise:
-            return super().cell(x, state, noise)
-        # Dropout is for the products only; the carried h stays whole. The fused cell can't tell the two apart.
-        w_ih, w_hh, b_ih, b_hh = self._weights()
-        (h,) = state
-        return (gru_update(F.linear(x, w_ih, b_ih), F.linear(self.drop(h, noise), w_hh, b_hh), h),)
+    def update(self, from_x: torch.Tensor, from_h: torch.Tensor, state: State) -> State:
+        return (gru_update(from_x, from_h, state[0]),)
 
     def padding_gates(self, bias: torch.Tensor) -> torch.Tensor:
         one_gate = torch.full_like(bias[: self.hidden_size], SATURATED)
@@ -289,14 +204,18 @@ class TanhRNN(SimpleRNN):
     """[`SimpleRNN`] with tanh (Elman 1990)."""
 
     fused = torch.rnn_tanh
-    fused_cell = torch.rnn_tanh_cell
+
+    def update(self, from_x: torch.Tensor, from_h: torch.Tensor, state: State) -> State:
+        return (torch.tanh(from_x + from_h),)
 
 
 class ReluRNN(SimpleRNN):
     """[`SimpleRNN`] with a rectifier (Le et al. 2015)."""
 
     fused = torch.rnn_relu
-    fused_cell = torch.rnn_relu_cell
+
+    def update(self, from_x: torch.Tensor, from_h: torch.Tensor, state: State) -> State:
+        return (torch.relu(from_x + from_h),)
 
 
 class GateNorm(nn.Module):
@@ -348,11 +267,11 @@ class LayerNormLayer(RecurrentLayer):
         init.copy_(self.ih_norm.bias, self.initial_bias().to(self.ih_norm.bias))
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
-        return self.ih_norm(F.linear(x, self.weight_ih))  # [..., num_gates * H]
+        return self.ih_norm(linear(x, self.weight_ih))  # [..., num_gates * H]
 
     def project_state(self, h: torch.Tensor, noise: State) -> torch.Tensor:
         """[B, H] -> [B, num_gates * H]"""
-        return self.hh_norm(F.linear(self.drop(h, noise), self.weight_hh))
+        return self.hh_norm(linear(self.drop(h, noise), self.weight_hh))
 
 
 class LayerNormLSTM(LayerNormLayer):
@@ -395,6 +314,54 @@ class LayerNormGRU(LayerNormLayer):
     def cell(self, x: torch.Tensor, state: State, noise: State) -> State:
         (h,) = state
         return (gru_update(x, self.project_state(h, noise), h),)
+
+
+class JointNorm(GateNorm):
+    """[`GateNorm`] that takes mean and variance over the units of several gates together: `groups` of them."""
+
+    def __init__(self, groups: tuple[int, ...], hidden_size: int):
+        super().__init__(sum(groups), hidden_size)
+        self.sizes = [count * hidden_size for count in groups]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normalised = torch.cat([F.layer_norm(part, part.shape[-1:]) for part in x.split(self.sizes, dim=-1)], dim=-1)
+        return torch.addcmul(self.bias, normalised, self.weight).to(x.dtype)
+
+
+class MarianGRU(LayerNormGRU):
+    """[`LayerNormGRU`] whose norms are over all three gates together (Marian: Junczys-Dowmunt et al. 2018)."""
+
+    groups: tuple[int, ...] = (3,)
+
+    def __init__(self, input_size: int, hidden_size: int, recurrent_dropout: float = 0.0, zoneout: float = 0.0):
+        super().__init__(input_size, hidden_size, recurrent_dropout, zoneout)
+        self.ih_norm = JointNorm(self.groups, hidden_size)
+        self.hh_norm = JointNorm(self.groups, hidden_size)
+
+
+class NematusGRU(MarianGRU):
+    """
+    [`LayerNormGRU`] whose norms are over r and z together and over n, each after a bias (Nematus: Sennrich et al.
+    2017): N_ih(W_ih x_t + b_ih), N_hh(W_hh h_{t-1} + b_hh). So Ba et al. (2016) have it, but for that bias.
+    """
+
+    groups = (2, 1)
+
+    def __init__(self, input_size: int, hidden_size: int, recurrent_dropout: float = 0.0, zoneout: float = 0.0):
+        super().__init__(input_size, hidden_size, recurrent_dropout, zoneout)
+        self.bias_ih = nn.Parameter(torch.empty(3 * hidden_size))
+        self.bias_hh = nn.Parameter(torch.empty(3 * hidden_size))
+
+    def reset_weights(self) -> None:
+        super().reset_weights()
+        init.zeros_(self.bias_ih)
+        init.zeros_(self.bias_hh)
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ih_norm(linear(x, self.weight_ih, self.bias_ih))
+
+    def project_state(self, h: torch.Tensor, noise: State) -> torch.Tensor:
+        return self.hh_norm(linear(self.drop(h, noise), self.weight_hh, self.bias_hh))
 
 
 class LinearRecurrence(torch.autograd.Function):
@@ -463,7 +430,7 @@ class SSRU(RecurrentLayer):
         init.zeros_(self.bias_f)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight_ih)  # [..., 2H]
+        return linear(x, self.weight_ih)  # [..., 2H]
 
     def recurrence(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """a and b of c_t = a c_{t-1} + b from `project`'s [..., 2H]: [..., H] each."""
@@ -495,5 +462,7 @@ CELLS: dict[str, type[RecurrentLayer]] = {
     "rnn_relu": ReluRNN,
     "ln_lstm": LayerNormLSTM,
     "ln_gru": LayerNormGRU,
+    "nematus_gru": NematusGRU,
+    "marian_gru": MarianGRU,
     "ssru": SSRU,
 }

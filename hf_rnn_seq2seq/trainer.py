@@ -16,10 +16,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Seq2SeqTrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .batching import BatchingArguments, BatchingTrainer
 from .checkpoints import CheckpointTrainer
+from .matmul_precision import CHOICES, MatmulPrecision
 from .model_card import ARGUMENTS_NAME, attention_plot, write_model_card
 from .moving_average import TRAINING_WEIGHTS_NAME, MovingAverage, load_training_weights, save_training_weights
 from .optimization import OptimizationArguments, OptimizationTrainer
@@ -72,6 +73,14 @@ class RnnSeq2SeqTrainingArguments(OptimizationArguments, ObjectiveArguments, Bat
         default=True,
         metadata={"help": "Let the decay of --ema_decay after step t be at most (1 + t) / (10 + t)."},
     )
+    float32_matmul_precision: str = field(
+        default="auto",
+        metadata={
+            "help": "Precision of float32 matrix products while training, torch.set_float32_matmul_precision's. auto: "
+            "medium where a measurement finds it faster at full precision, as on many CPUs, else what is set already.",
+            "choices": list(CHOICES),
+        },
+    )
     stop_on_nan: bool = field(
         default=True,
         metadata={"help": "End training with an error at the first loss, or saving, that is NaN or infinite."},
@@ -84,11 +93,14 @@ class RnnSeq2SeqTrainingArguments(OptimizationArguments, ObjectiveArguments, Bat
             self.greater_is_better = not self.metric_for_best_model.endswith(LOWER_IS_BETTER)
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns at every evaluation
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                self.use_cpu = True  # otherwise each of the processes would train alone
+            if self.bf16 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                self.use_cpu = True  # otherwise bf16 is refused, and each of several processes would train alone
         super().__post_init__()
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be from 0 to less than 1, not {self.ema_decay}.")
+        if self.float32_matmul_precision not in CHOICES:
+            found = self.float32_matmul_precision
+            raise ValueError(f"`float32_matmul_precision` must be one of {', '.join(CHOICES)}, not {found!r}.")
 
 
 class RnnSeq2SeqTrainer(ObjectiveTrainer, OptimizationTrainer, BatchingTrainer, CheckpointTrainer):
@@ -115,6 +127,15 @@ class RnnSeq2SeqTrainer(ObjectiveTrainer, OptimizationTrainer, BatchingTrainer, 
                 raise ValueError("`ema_decay` is for weights that every process holds whole, not FSDP or DeepSpeed.")
             self.moving_average = MovingAverage(self.args.ema_decay, self.args.ema_warmup)
             self.add_callback(self.moving_average)
+        if isinstance(self.args, RnnSeq2SeqTrainingArguments):
+            self.add_callback(MatmulPrecision(self.args.float32_matmul_precision))
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        before = torch.get_float32_matmul_precision()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def _averaged(self) -> AbstractContextManager[None]:
         """While this lasts, and if there is a moving average, the model has it for its weights."""

@@ -217,6 +217,7 @@ LOSSES = (
     ("unlikelihood_weight", "unlikelihood_start", "unlikelihood_loss"),
     ("minimum_risk_weight", "minimum_risk_start", "risk"),
 )
+READ_LOGITS = frozenset({"transition_penalty", "unlikelihood_loss"})
 LOSS_WEIGHTS = tuple(weight for weight, _, _ in LOSSES)
 LOSS_STARTS = tuple(start for _, start, _ in LOSSES)
 
@@ -258,6 +259,12 @@ class ObjectiveTrainer(Seq2SeqTrainer):
             self._costs = Costs(args.minimum_risk_cost, cast(PreTrainedTokenizerBase | None, self.processing_class))
         if "smoothing" in signature(self.model.forward).parameters:
             self.label_smoother = None  # the model knows what its scores are, transformers' smoother does not
+
+    def _skips_logits(self, inputs: dict[str, Any]) -> bool:
+        """Can the model be asked for its loss alone, if nothing but `compute_loss` may want its logits?"""
+        can = "skip_logits" in signature(self.model.forward).parameters
+        wanted = self.label_smoother is not None or self.compute_loss_func is not None
+        return can and not wanted and inputs.get("labels") is not None
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -313,6 +320,8 @@ class ObjectiveTrainer(Seq2SeqTrainer):
             options["smoothing"] = weights["label_smoothing_loss"]
         if "coverage_loss" in weights or "guided_alignment_loss" in weights:
             options["output_attentions"] = True
+        if self._skips_logits(inputs) and not READ_LOGITS.intersection(weights) and not return_outputs:
+            options["skip_logits"] = True
         with self._without_coverage_loss():
             loss, outputs = super().compute_loss(model, {**inputs, **options}, True, num_items_in_batch)
         if weights:
@@ -428,6 +437,8 @@ class ObjectiveTrainer(Seq2SeqTrainer):
         **gen_kwargs: object,
     ) -> tuple[float | None, torch.Tensor | None, torch.Tensor | None]:
         inputs = {name: value for name, value in inputs.items() if name != ALIGNMENTS}
+        if prediction_loss_only and self._skips_logits(inputs):
+            inputs["skip_logits"] = True  # type: ignore[assignment]  # an argument of the model, if no tensor
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
 
     def evaluation_loop(

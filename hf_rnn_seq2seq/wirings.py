@@ -16,6 +16,7 @@ from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
 from .decoder_stack import DecoderStack, make_layer
 from .heads import HEADS
 from .recurrent_layers import CELLS, RecurrentLayer, State
+from .step_products import StepLinear
 
 
 class StepOutput(NamedTuple):
@@ -56,6 +57,12 @@ class Wiring(nn.Module):
         width += self.context_size if self.reads_context else 0
         width += config.target_embedding_size if self.reads_input else 0
         combine = nn.Identity() if head.raw else self.make_combine(config, width)
+        if config.readout_type != "tanh" and not isinstance(combine, nn.Sequential):
+            raise ValueError(
+                f"`readout_type`={config.readout_type!r} is for a wiring that maps context and state to features; "
+                f"{config.wiring_type!r} with `head_type`={config.head_type!r} and `attention_type`="
+                f"{config.attention_type!r} does not: leave it out."
+            )
         self.features_size = width if isinstance(combine, nn.Identity) else config.hidden_size
         self.gate_size = self.context_size + config.query_size + config.target_embedding_size if head.copies else 0
         self.stack = DecoderStack(config, self.layer_widths(config))
@@ -73,7 +80,8 @@ class Wiring(nn.Module):
         """From what `read_out` joins, `width` wide, to features as wide as the decoder; or an identity."""
         if self.context_size == 0 and not self.reads_input:
             return nn.Identity()
-        return nn.Sequential(nn.Linear(width, config.hidden_size, bias=False), nn.Tanh())
+        linear = StepLinear(width, config.hidden_size, bias=config.readout_type != "tanh")
+        return nn.Sequential(linear, nn.Identity() if config.readout_type == "affine" else nn.Tanh())
 
     def output(
         self,
@@ -170,10 +178,10 @@ class ContextFeeding(Wiring):
     def __init__(self, config: RnnSeq2SeqConfig):
         super().__init__(config)
         width = config.target_embedding_size
-        self.merge = nn.Linear(width + self.context_size, width)
+        self.merge = StepLinear(width + self.context_size, width)
 
     def make_combine(self, config: RnnSeq2SeqConfig, width: int) -> nn.Module:
-        return nn.Linear(width, config.hidden_size)
+        return StepLinear(width, config.hidden_size)
 
     def first_state(self, layers: tuple[State, ...], prepared: PreparedMemory) -> DecoderState:
         h = layers[0][0]
@@ -219,6 +227,29 @@ class BahdanauWiring(Wiring):
         if self.raw:
             output = output._replace(features=self.read_out(context, query, x))
         return output, replace(state, layers=layers, alignment=alignment)
+
+
+class JoinedBahdanauWiring(BahdanauWiring):
+    """
+    [`BahdanauWiring`] with nothing between the new state and the head (Yoyodyne's soft attention): features_t =
+    [c_t; s_t], joined and not mapped. What a head that copies decides by is [c_t; s_t; x_t]; the `deep` heads read
+    what they read behind [`BahdanauWiring`].
+    """
+
+    reads_input = False
+
+    def make_combine(self, config: RnnSeq2SeqConfig, width: int) -> nn.Module:
+        return nn.Identity()
+
+    def output(
+        self,
+        x: torch.Tensor,
+        outputs: tuple[torch.Tensor, ...],
+        query: torch.Tensor,
+        context: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> StepOutput:
+        return super().output(x, outputs, outputs[-1], context, weights)
 
 
 class ContextWiring(Wiring):
@@ -385,6 +416,7 @@ WIRINGS: dict[str, type[Wiring]] = {
     "input_feeding": InputFeeding,
     "context_feeding": ContextFeeding,
     "bahdanau": BahdanauWiring,
+    "bahdanau_joined": JoinedBahdanauWiring,
     "context": ContextWiring,
     "conditional": ConditionalWiring,
     "gnmt": GnmtWiring,

@@ -4,6 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in a test may reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warnings about forks
+if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a process already
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

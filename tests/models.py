@@ -10,6 +10,7 @@ from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration
 from hf_rnn_seq2seq.configuration_rnn_seq2seq import CELLS_WITH_MEMORY
 
 VOCABULARY = 13
+CELLS = ["lstm", "gru", "rnn_tanh", "rnn_relu", "ln_lstm", "ln_gru", "nematus_gru", "marian_gru", "ssru"]
 
 # A value that is a dict is a whole variant: several fields that only make sense together.
 AXES: dict[str, list[Any]] = {
@@ -17,6 +18,7 @@ AXES: dict[str, list[Any]] = {
         {"encoder_type": "rnn", "encoder_layers": 1},
         {"encoder_type": "rnn", "encoder_layers": 3, "encoder_residual": True, "reverse_source": True},
         {"encoder_type": "rnn", "encoder_layers": 2, "bidirectional": False},
+        {"encoder_type": "rnn", "encoder_layers": 2, "encoder_transition_depth": 3},
         {"encoder_type": "gnmt", "encoder_layers": 3},
         {"encoder_type": "pyramidal", "encoder_layers": 2},
         {"encoder_type": "pyramidal", "encoder_layers": 3, "bidirectional": False, "reverse_source": True},
@@ -24,8 +26,8 @@ AXES: dict[str, list[Any]] = {
         {"encoder_type": "transformer", "encoder_layers": 2, "encoder_heads": 2, "encoder_ffn_size": 10},
         {"encoder_type": "embedding", "embedding_size": 8},
     ],
-    "cell_type": ["lstm", "gru", "rnn_tanh", "rnn_relu", "ln_lstm", "ln_gru", "ssru"],
-    "decoder_cell_type": [None, "lstm", "gru", "rnn_tanh", "rnn_relu", "ln_lstm", "ln_gru", "ssru"],
+    "cell_type": CELLS,
+    "decoder_cell_type": [None, *CELLS],
     "attention": [
         {"attention_type": "none"},
         {"attention_type": "dot"},
@@ -33,6 +35,7 @@ AXES: dict[str, list[Any]] = {
         {"attention_type": "general"},
         {"attention_type": "additive"},
         {"attention_type": "additive", "attention_coverage": True, "attention_bias": True},
+        {"attention_type": "additive", "attention_bias": True, "layer_norm": True},
         {"attention_type": "normed_additive"},
         {"attention_type": "multi_head", "attention_heads": 2},
         {"attention_type": "multi_head", "attention_heads": 4, "attention_scoring": "additive"},
@@ -48,6 +51,7 @@ AXES: dict[str, list[Any]] = {
         {"wiring_type": "input_feeding"},
         {"wiring_type": "context_feeding"},
         {"wiring_type": "bahdanau"},
+        {"wiring_type": "bahdanau_joined"},
         {"wiring_type": "context", "attention_type": "none", "decoder_self_attention": False},
         {"wiring_type": "conditional"},
         {"wiring_type": "conditional", "decoder_transition_depth": 4},
@@ -60,9 +64,10 @@ AXES: dict[str, list[Any]] = {
         {"head_type": "linear", "output_normalizer": "sparsemax"},
         {"head_type": "deep", "output_normalizer": "entmax15"},
         {"head_type": "deep"},
+        {"head_type": "deep_tanh"},
         {"head_type": "pointer_generator"},
     ],
-    "bridge_type": ["zeros", "last", "mean", "linear", "dense"],
+    "bridge_type": ["zeros", "last", "mean", "linear", "affine", "layerwise", "dense", "learned"],
     "decoder_layers": [1, 2, 3],
     "decoder_residual": [False, True],
     "source_vocab_size": [None, 11],
@@ -93,7 +98,7 @@ def possible(row: dict[str, Any]) -> bool:
     return not (
         (get("attention_normalizer") != "softmax" and not scores)
         or (get("head_type") == "pointer_generator" and (attention == "none" or get("encoder_type") == "pyramidal"))
-        or (wiring == "context" and get("bridge_type") == "zeros")
+        or (wiring == "context" and get("bridge_type") in ("zeros", "learned"))
         or (wiring in ("gnmt", "gnmt_v2") and get("decoder_layers") == 1)
         or (attention in ("dot", "scaled_dot") and wide)
     )

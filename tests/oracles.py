@@ -45,6 +45,13 @@ def normalised(weights: Weights, name: str, x: Array, gates: int) -> Array:
     return weights[f"{name}.weight"] * parts.reshape(-1) + weights[f"{name}.bias"]
 
 
+def normalised_together(weights: Weights, name: str, x: Array, groups: Sequence[int]) -> Array:
+    """The same over the units of several gates at once: groups of so many gates, which all gates are thirds of x."""
+    parts = np.split(x, np.cumsum(groups)[:-1] * (len(x) // sum(groups)))
+    flat = np.concatenate([(part - part.mean()) / np.sqrt(part.var() + 1e-5) for part in parts])
+    return weights[f"{name}.weight"] * flat + weights[f"{name}.bias"]
+
+
 def new_state(cell_type: str, weights: Weights, x: Array, state: State, h_mask: Array | None = None) -> State:
     """
     One step of a cell: `x` [D], the old state, and Gal & Ghahramani's (2016) mask, which drops h_{t-1} wherever it
@@ -67,13 +74,18 @@ def new_state(cell_type: str, weights: Weights, x: Array, state: State, h_mask: 
         (x_r, x_z, x_n), (h_r, h_z, h_n) = np.split(from_x, 3), np.split(from_h, 3)
         r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)
         return [(1 - z) * np.tanh(x_n + r * h_n) + z * h]
-    from_x = weights["weight_ih"] @ x + weights["bias_ih"]
-    from_h = weights["weight_hh"] @ (h if h_mask is None else h_mask * h) + weights["bias_hh"]
+    from_x, from_h = weights["weight_ih"] @ x, weights["weight_hh"] @ (h if h_mask is None else h_mask * h)
+    if cell_type != "marian_gru":
+        from_x, from_h = from_x + weights["bias_ih"], from_h + weights["bias_hh"]
+    if cell_type in ("nematus_gru", "marian_gru"):
+        groups = (2, 1) if cell_type == "nematus_gru" else (3,)
+        from_x = normalised_together(weights, "ih_norm", from_x, groups)
+        from_h = normalised_together(weights, "hh_norm", from_h, groups)
     if cell_type == "lstm":
         i, f, g, o = np.split(from_x + from_h, 4)
         c = sigmoid(f) * state[1] + sigmoid(i) * np.tanh(g)
         return [sigmoid(o) * np.tanh(c), c]
-    if cell_type == "gru":
+    if cell_type.endswith("gru"):
         (x_r, x_z, x_n), (h_r, h_z, h_n) = np.split(from_x, 3), np.split(from_h, 3)
         r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)
         return [(1 - z) * np.tanh(x_n + r * h_n) + z * h]

@@ -29,7 +29,17 @@ def content_scores(
         return [q @ (w["key_projection.weight"] @ m) for m in memory]
     bias = w.get("key_projection.bias", 0)
     v = w["score_projection.weight"][0]
-    return [v @ torch.tanh(w["query_projection.weight"] @ q + w["key_projection.weight"] @ m + bias) for m in memory]
+    query = normed(w, "query_norm", w["query_projection.weight"] @ q)
+    keys = [normed(w, "key_norm", w["key_projection.weight"] @ m + bias) for m in memory]
+    return [v @ torch.tanh(query + key) for key in keys]
+
+
+def normed(w: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+    """Layer normalisation, where there is one (Ba et al. 2016)."""
+    if f"{name}.weight" not in w:
+        return x
+    centred = x - x.mean()
+    return w[f"{name}.weight"] * centred / (centred.square().mean() + 1e-5).sqrt() + w[f"{name}.bias"]
 
 
 def below(w: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

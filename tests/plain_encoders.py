@@ -19,6 +19,7 @@ BODIES: dict[str, dict[str, Any]] = {
         "encoder_residual": True,
         "residual_start": 3,
     },
+    "rnn_transition": {"encoder_type": "rnn", "encoder_layers": 2, "encoder_transition_depth": 3},
     "gnmt": {"encoder_type": "gnmt", "encoder_layers": 4},
     "gnmt_2": {"encoder_type": "gnmt", "encoder_layers": 2},
     "gnmt_1": {"encoder_type": "gnmt", "encoder_hidden_size": 4},
@@ -61,18 +62,22 @@ def affine(p: Parameters, name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def plain_cell(kind: str, p: Parameters, name: str, rows: Rows) -> tuple[Rows, Rows]:
-    w, u, b, d = (p[f"{name}.{part}"] for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-    h = c = torch.zeros(u.shape[1], dtype=u.dtype)
+    """One layer and direction, a step of which goes through one cell or several."""
+    names = [name] if f"{name}.weight_ih" in p else [f"{name}.cells.{k}" for k in range(3)]
+    cells = [[p[f"{one}.{part}"] for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")] for one in names]
+    h = c = torch.zeros(cells[0][1].shape[1], dtype=cells[0][1].dtype)
     outputs = []
     for x in rows:
-        if kind == "lstm":
-            i, f, g, o = (w @ x + b + u @ h + d).chunk(4)
-            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-            h = torch.sigmoid(o) * torch.tanh(c)
-        else:
-            (xr, xz, xn), (hr, hz, hn) = (w @ x + b).chunk(3), (u @ h + d).chunk(3)
-            z = torch.sigmoid(xz + hz)
-            h = (1 - z) * torch.tanh(xn + torch.sigmoid(xr + hr) * hn) + z * h
+        for w, u, b, d in cells:
+            from_x = w @ x[: w.shape[1]] + b  # transitions have no input
+            if kind == "lstm":
+                i, f, g, o = (from_x + u @ h + d).chunk(4)
+                c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+                h = torch.sigmoid(o) * torch.tanh(c)
+            else:
+                (xr, xz, xn), (hr, hz, hn) = from_x.chunk(3), (u @ h + d).chunk(3)
+                z = torch.sigmoid(xz + hz)
+                h = (1 - z) * torch.tanh(xn + torch.sigmoid(xr + hr) * hn) + z * h
         outputs.append(h)
     return outputs, [h, c] if kind == "lstm" else [h]
 

@@ -17,7 +17,7 @@ from models import ragged_batch, tiny_config, tiny_model
 from plain_attention import plain_row
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration, content_attention
+from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration, additive_scores
 from hf_rnn_seq2seq.attention import ATTENTIONS, Alignment, Attention, make_attention
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "general": {"attention_type": "general"},
     "additive": {"attention_type": "additive", "attention_hidden_size": 5},
     "additive-bias": {"attention_type": "additive", "attention_bias": True},
+    "additive-norm": {"attention_type": "additive", "layer_norm": True},
     "additive-coverage": {"attention_type": "additive", "attention_coverage": True, "attention_hidden_size": 5},
     "additive-bias-coverage": {"attention_type": "additive", "attention_bias": True, "attention_coverage": True},
     "normed_additive": {"attention_type": "normed_additive", "attention_hidden_size": 5},
@@ -268,13 +269,13 @@ class Largest(TorchDispatchMode):
     "name", ["additive", "normed_additive", "multi_head-additive", "local_p-additive", "none-own"]
 )
 def test_long_sequences_are_scored_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never more than MAX_ENERGIES numbers at once, and the same result and gradients."""
+    """Never more than so many numbers at once, and the same result and gradients."""
     attention, config = build(**CASES[name])
     queries, memory = draw(2, 60, config.query_size, seed=2), draw(2, 50, config.memory_size, seed=3)
     mask = torch.arange(50) < torch.tensor([[50], [31]])
     seen, largest = [], []
     for limit in (2**26, 2**13, 1):
-        monkeypatch.setattr(content_attention, "MAX_ENERGIES", limit)
+        monkeypatch.setattr(additive_scores, "NUMBERS_AT_ONCE", limit // torch.get_num_threads())
         for tensor in (queries, memory, *attention.parameters()):
             tensor.grad = None
         with Largest() as mode:
@@ -299,7 +300,7 @@ def test_a_thousand_by_a_thousand_stays_within_bounds() -> None:
     with Largest() as mode:
         contexts, _, _ = run(attention, queries, memory, torch.ones(1, 1000, dtype=torch.bool), at_once=True)
         contexts.sum().backward()
-    assert mode.numel <= content_attention.MAX_ENERGIES < 1000 * 1000 * 128
+    assert mode.numel <= 1000 * 1000  # the scores; the hidden layer is 128 times as large
     assert attention.query_projection.weight.grad.isfinite().all()
 
 

@@ -26,6 +26,7 @@ def test_dense_bridge_has_the_published_number_of_parameters() -> None:
 
 BRIDGE_SETTINGS: list[dict[str, Any]] = [
     {**BODIES["rnn"], "decoder_layers": 3},
+    {**BODIES["rnn"], "decoder_layers": 2, "layer_norm": True},
     {**BODIES["rnn"], "cell_type": "gru", "decoder_cell_type": "lstm", "decoder_layers": 1},
     {**BODIES["gnmt"], "cell_type": "lstm", "decoder_cell_type": "gru", "decoder_layers": 2},
     {**BODIES["pyramidal"], "encoder_hidden_size": 3, "decoder_layers": 2},
@@ -33,6 +34,14 @@ BRIDGE_SETTINGS: list[dict[str, Any]] = [
     {**BODIES["transformer"], "decoder_layers": 3, "decoder_cell_type": "gru"},
     {**BODIES["embedding"], "decoder_layers": 2},
 ]
+
+
+def normed(p: dict[str, torch.nn.Parameter], x: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Layer normalisation of one layer's state, where there is one (Ba et al. 2016)."""
+    if "norm.weight" not in p:
+        return x
+    centred = x - x.mean()
+    return p["norm.weight"][rows] * centred / (centred.square().mean() + 1e-5).sqrt() + p["norm.bias"][rows]
 
 
 @pytest.mark.parametrize("kind", BRIDGES)
@@ -59,13 +68,19 @@ def test_bridges_equal_plain_ones(kind: str, setting: dict[str, Any]) -> None:
             rows = slice((layer * states + index) * 8, (layer * states + index + 1) * 8)
             if kind == "zeros" or (kind == "last" and index >= final.shape[1]):
                 expected = torch.zeros(8).double()
+            elif kind == "learned":
+                expected = p["initial"][layer, index]
             elif kind == "last":
                 expected = final[min(layer, final.shape[0] - 1), index]
                 expected = affine(p, "projection", expected) if p else expected
             elif kind == "dense":
                 state = torch.cat([one[min(index, final.shape[1] - 1)] for one in final])
                 expected = affine(p, f"projections.{index}", state).clamp(min=0)[layer * 8 : layer * 8 + 8]
+            elif kind == "layerwise":
+                state = final[min(layer, final.shape[0] - 1), min(index, final.shape[1] - 1)]
+                expected = affine(p, f"projections.{index}", state)
             else:
                 summary = tokens.mean(0) if kind == "mean" else final[-1, 0]
-                expected = torch.tanh(affine(p, "projection", summary))[rows]
+                expected = normed(p, affine(p, "projection", summary)[rows], rows)
+                expected = expected if kind == "affine" else torch.tanh(expected)
             torch.testing.assert_close(found[layer][index][row], expected, **CLOSE)

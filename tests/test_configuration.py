@@ -61,11 +61,13 @@ CHANGES: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "decoder_cell_type": ({}, None, "rnn_tanh"),
     "bidirectional": ({"encoder_hidden_size": 4}, True, False),
     "encoder_residual": ({"encoder_layers": 2}, False, True),
+    "encoder_transition_depth": ({}, 1, 2),
     "decoder_residual": ({"decoder_layers": 2}, False, True),
     "bridge_type": ({}, "linear", "mean"),
     "attention_type": ({}, "dot", "scaled_dot"),
     "attention_hidden_size": ({}, 8, 9),
     "wiring_type": ({}, "input_feeding", "bahdanau"),
+    "readout_type": ({}, "tanh", "affine"),
     "encoder_type": ({"encoder_layers": 2}, "rnn", "gnmt"),
     "reverse_source": ({}, False, True),
     "residual_start": ({"encoder_layers": 3, "encoder_residual": True}, 2, 3),
@@ -78,6 +80,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "attention_heads": ({"attention_type": "multi_head"}, 1, 2),
     "attention_bias": ({}, False, True),
     "attention_coverage": ({}, False, True),
+    "layer_norm": ({}, False, True),
     "attention_window": ({"attention_type": "local_m"}, 1, 2),
     "location_filters": ({"attention_type": "location"}, 2, 3),
     "location_kernel_size": ({"attention_type": "location"}, 3, 5),
@@ -155,7 +158,7 @@ def test_only_what_makes_no_sense_is_left_out_of_the_covering_set() -> None:
             or (a == "attention" and b == "head" and x == "none" and y == "pointer_generator")
             or (a == "wiring" and b == "head" and x.startswith("context-none") and y == "pointer_generator")
             or (a == "encoder" and b == "head" and x.startswith("pyramidal") and y == "pointer_generator")
-            or (a == "wiring" and b == "bridge_type" and x.startswith("context-none") and y == "zeros")
+            or (a == "wiring" and b == "bridge_type" and x.startswith("context-none") and y in ("zeros", "learned"))
             or (a == "wiring" and b == "decoder_layers" and x in ("gnmt", "gnmt_v2") and y == "1")
         ), (a, x, b, y)
 
@@ -215,6 +218,10 @@ def test_dropout_is_off_in_evaluation(field: str) -> None:
         ({"coverage_loss_weight": -1.0}, ["coverage_loss_weight", "-1.0"]),
         ({"wiring_type": "context"}, ["wiring_type", "context", "additive", "none"]),
         ({"wiring_type": "context", "attention_type": "none", "bridge_type": "zeros"}, ["context", "zeros"]),
+        ({"wiring_type": "context", "attention_type": "none", "bridge_type": "learned"}, ["context", "learned"]),
+        ({"layer_norm": True, "attention_type": "general"}, ["layer_norm", "additive", "general"]),
+        ({"encoder_type": "conv", "encoder_transition_depth": 2}, ["encoder_transition_depth", "2", "conv"]),
+        ({"encoder_transition_depth": 0}, ["encoder_transition_depth", "1", "0"]),
         ({"wiring_type": "gnmt"}, ["gnmt", "decoder_layers", "2", "1"]),
         ({"wiring_type": "gnmt_v2"}, ["gnmt_v2", "decoder_layers"]),
         ({"decoder_transition_depth": 3}, ["decoder_transition_depth", "3", "conditional", "input_feeding"]),

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
 from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration
-from hf_rnn_seq2seq.heads import DeepHead, Head, HeadInput, LinearHead, PointerGeneratorHead
+from hf_rnn_seq2seq.heads import DeepHead, DeepTanhHead, Head, HeadInput, LinearHead, PointerGeneratorHead
 
 B, T, S, FEATURES, GATE = 2, 3, 5, 7, 9
 # Repeated words, and with five more ids than the vocabulary has, words outside of it; padding (0) at the end.
@@ -70,6 +70,44 @@ def test_deep_head(tied: bool, width: int | None) -> None:
     assert "maxout.bias" not in weights
     assert ("projection.weight" in weights) == (tied and width != 6)
     assert_same_with_gradients(head, inputs, torch.stack(rows).view(B, T, VOCABULARY), inputs.features)
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("width", [None, 6], ids=["default", "embedding's"])
+def test_deep_tanh_head(norm: bool, tied: bool, width: int | None) -> None:
+    """On features [c; s; x], which are 5, 8 and 6 wide."""
+    torch.manual_seed(0)
+    config = tiny_config(
+        head_type="deep_tanh",
+        head_hidden_size=width,
+        tie_word_embeddings=tied,
+        layer_norm=norm,
+        attention_type="additive",
+    )
+    head = DeepTanhHead(config, 5 + 8 + 6, 0).double()
+    for parameter in head.parameters():
+        nn.init.normal_(parameter)
+    features = torch.randn(B, T, 19, dtype=torch.float64).requires_grad_()
+    weights = dict(head.named_parameters())
+    rows = []
+    for row in features.flatten(0, 1):
+        parts = row.split([5, 8, 6]) if norm else [row]
+        total = torch.zeros(width or 8, dtype=torch.float64)
+        for index, part in enumerate(parts):
+            mapped = weights[f"hidden.{index}.weight"] @ part + weights[f"hidden.{index}.bias"]
+            if norm:
+                own = slice(index * len(mapped), (index + 1) * len(mapped))
+                centred = mapped - mapped.mean()
+                mapped = weights["norm.weight"][own] * centred / (centred.square().mean() + 1e-5).sqrt()
+                mapped = mapped + weights["norm.bias"][own]
+            total = total + mapped
+        t = torch.tanh(total)
+        if tied and width != 6:
+            t = weights["projection.weight"] @ t
+        rows.append(weights["output.weight"] @ t + weights["output.bias"])
+    inputs = HeadInput(features=features)
+    assert_same_with_gradients(head, inputs, torch.stack(rows).view(B, T, VOCABULARY), features)
 
 
 def plain_pointer(head: Head, inputs: HeadInput) -> torch.Tensor:

@@ -119,6 +119,13 @@ def plain_decoder(
             c, a = attend(query)
             fed_back = c
             features = join([c, s, x]) if raw else p["combine.weight"] @ join([c, s]) + p["combine.bias"]
+        elif wiring == "bahdanau_joined":  # Yoyodyne's soft attention; its gate sees the new state
+            previous = states[-1][0]
+            c, a = attend(previous)
+            layer(0, join([x, c]))
+            outputs = up(states[0][0], nothing)
+            s = query = outputs[-1]
+            features = join([c, previous, x]) if raw else join([c, s])  # the former is Bahdanau's, A.2.2
         elif wiring == "context":
             a = nothing
             layer(0, join([x, c]))
@@ -158,7 +165,7 @@ def plain_decoder(
 
 # Settings
 
-CHECKED = ("context_feeding", "context", "conditional", "gnmt", "gnmt_v2", "rnmt_plus")
+CHECKED = ("context_feeding", "bahdanau_joined", "context", "conditional", "gnmt", "gnmt_v2", "rnmt_plus")
 SETTINGS: list[dict[str, Any]] = [
     {"wiring_type": wiring, "cell_type": cell, "attention_type": attention, "decoder_layers": depth}
     for wiring, cell, attention, depth in itertools.product(
@@ -190,7 +197,7 @@ some_settings = pytest.mark.parametrize("setting", FEW, ids=name_of)
 
 def test_settings_spread() -> None:
     for settings in (SETTINGS, FEW):
-        assert len({setting["wiring_type"] for setting in settings}) == 6
+        assert len({setting["wiring_type"] for setting in settings}) == 7
         for name in ("cell_type", "attention_type", "decoder_layers", "residual_start"):
             assert {setting.get(name) for setting in settings} == {setting.get(name) for setting in SETTINGS}
     assert {setting.get("decoder_transition_depth") for setting in SETTINGS} == {None, 2, 3, 4}

@@ -43,9 +43,9 @@ from transformers.utils.logging import disable_progress_bar
 import hf_rnn_seq2seq  # noqa: F401  # registers the model with the Auto classes
 from hf_rnn_seq2seq.beam_options import take_options
 from hf_rnn_seq2seq.ensemble import ENSEMBLE_FILE, Average, RnnSeq2SeqEnsemble
+from hf_rnn_seq2seq.pipeline_rnn_seq2seq import MAX_NEW_TOKENS, read_sequences
 from hf_rnn_seq2seq.unknown_words import read_dictionary, replace_unknown_words, tokenize_with_words
 
-MAX_NEW_TOKENS = 256  # where neither the arguments nor the model name a limit; transformers would stop at 20
 BEAM_OPTIONS = ("gnmt_length_penalty", "coverage_penalty", "num_beam_groups", "diversity_penalty")
 
 
@@ -223,42 +223,6 @@ def force_words_ids(words: list[str], tokenizer: PreTrainedTokenizerBase) -> lis
     return rows
 
 
-def score_sequences(
-    model: PreTrainedModel, inputs: dict[str, torch.Tensor], sequences: torch.Tensor, config: GenerationConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score and log-probability of each generated sequence, both [N], from one teacher-forced pass.
-
-    Args:
-        inputs: [B, S] tensors; N is a multiple of B, the outputs for one source following each other.
-        sequences: [N, T + 1] ids as `generate` returned them, the first the decoder's start.
-    """
-    repeats = len(sequences) // len(inputs["input_ids"])
-    inputs = {name: tensor.repeat_interleave(repeats, dim=0) for name, tensor in inputs.items()}
-    beta = getattr(config, "coverage_penalty", None)
-    attention = {"output_attentions": True} if beta else {}
-    outputs = model(**inputs, decoder_input_ids=sequences[:, :-1], use_cache=False, **attention)
-    tokens = sequences[:, 1:]
-    scores = outputs.logits.float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)  # [N, T]
-
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    is_end = torch.isin(tokens, torch.tensor([end for end in ends if end is not None], device=tokens.device))
-    counts = (is_end.cumsum(-1) - is_end.int()) == 0  # up to and with the first end of sequence
-    if config.stop_strings and config.pad_token_id is not None:  # these end a sequence without one: padding follows
-        padding = (tokens == config.pad_token_id).flip(-1).cumprod(-1).flip(-1).bool()
-        counts &= is_end.any(-1, keepdim=True) | ~padding
-    total, length = (scores * counts).sum(-1), counts.sum(-1)
-
-    alpha = getattr(config, "gnmt_length_penalty", None)
-    penalty = 1.0 if config.length_penalty is None else config.length_penalty
-    score = total / length**penalty if alpha is None else total / ((5 + length) / 6) ** alpha
-    if beta:  # Wu et al. 2016, eq. 14
-        attended = (outputs.cross_attentions[-1].float().mean(1) * counts[..., None]).sum(1)  # [N, S]
-        encoded = model.get_encoder()(inputs["input_ids"], inputs["attention_mask"], return_dict=True)
-        covered = attended.clamp(torch.finfo(torch.float32).tiny, 1.0).log() * encoded.memory_mask
-        score = score + beta * covered.sum(-1)
-    return score, total
-
-
 @torch.inference_mode()
 def generate_for(
     lines: list[str],
@@ -305,8 +269,8 @@ def generate_for(
             texts = replace_unknown_words(cast(Any, model), output, cast(Any, tokenizer), words, dictionary)
         scores: list[tuple[float | None, float | None]] = [(None, None)] * len(texts)
         if with_scores:
-            score, log_probability = score_sequences(model, inputs, sequences, config)
-            scores = list(zip(score.tolist(), log_probability.tolist(), strict=True))
+            reading = read_sequences(model, inputs, sequences, config.to_dict())
+            scores = list(zip(reading.scores.tolist(), reading.log_probabilities.tolist(), strict=True))
         for row, i in enumerate(batch):
             rows = range(row * outputs, (row + 1) * outputs)
             predictions[i] = [Prediction(texts[k], *scores[k]) for k in rows]

@@ -1,0 +1,399 @@
+"""
+transformers' loops of greedy search, sampling and beam search over again, for when ids are all that is wanted.
+
+Every choice is made by transformers' own code: its logits processors, its stopping criteria, its helpers of beam
+search. What differs is what a step costs: the decoder is called without the shell around it, sources are read once and
+not once a beam, matrices are brought into the layout that their products want, and rows that have ended are dropped
+from the batch.
+
+Shape letters: B sources, b those that still run, N beams a source, K candidates a source, T tokens so far, V
+vocabulary; rows are b, under beam search b * N.
+"""
+
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import (
+    EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    StoppingCriteriaList,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+from transformers.utils import ModelOutput
+
+from .losses import as_logits
+from .step_products import shared_by_steps
+
+# Those whose answer for a row depends on nothing but this row, so that other rows may be missing. (By their types:
+# a subclass may do anything.)
+ROW_WISE_PROCESSORS: frozenset[type] = frozenset(
+    {
+        EpsilonLogitsWarper,
+        EtaLogitsWarper,
+        ExponentialDecayLengthPenalty,
+        ForcedBOSTokenLogitsProcessor,
+        ForcedEOSTokenLogitsProcessor,
+        InfNanRemoveLogitsProcessor,
+        LogitNormalization,
+        MinLengthLogitsProcessor,
+        MinNewTokensLengthLogitsProcessor,
+        MinPLogitsWarper,
+        NoBadWordsLogitsProcessor,
+        NoRepeatNGramLogitsProcessor,
+        RepetitionPenaltyLogitsProcessor,
+        SequenceBiasLogitsProcessor,
+        SuppressTokensAtBeginLogitsProcessor,
+        SuppressTokensLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+        TypicalLogitsWarper,
+    }
+)
+ROW_WISE_CRITERIA: frozenset[type] = frozenset({EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria})
+
+# Rows are dropped when this part of them has ended. Copying those that stay costs less than this part of a step.
+DROPPED_PART = 1 / 8
+
+# Fewer rows than these don't pay for packing the matrices, which is done once a call.
+PACKED_ROWS = 4
+
+
+class Steps(Protocol):
+    """A decoder behind the first step of generate()."""
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Reads every row's next token: [rows] -> logits [rows, V]."""
+        ...
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Goes on with these rows alone."""
+        ...
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Puts each row in the place of another one of the same source."""
+        ...
+
+    def repeat(self, times: int) -> None:
+        """Each row several times over, side by side."""
+        ...
+
+
+class DecodingSteps:
+    """
+    [`Steps`] of one model.
+
+    Args:
+        model: a `RnnSeq2SeqForConditionalGeneration`.
+        cache: its cache after the first step.
+        encoder_outputs: what it read.
+        copy_ids: as for `model.forward`.
+    """
+
+    def __init__(self, model: Any, cache: Any, encoder_outputs: ModelOutput, copy_ids: torch.Tensor | None):
+        self.model, self.decoder, self.config = model, model.model.decoder, model.config
+        self.state, self.prepared = cache.state, cache.prepared_memory
+        self.source_ids, self.copy_ids = encoder_outputs.get("source_ids"), copy_ids
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.model.head.copies:
+            tokens = tokens.masked_fill(tokens >= self.config.vocab_size, self.config.unk_token_id)
+        x = self.decoder.embed_tokens(tokens).unsqueeze(1)  # [rows, 1, E]
+        output, self.state = self.decoder(x, self.state, self.prepared)
+        scores = self.model._scores(self.source_ids, output, self.copy_ids)[:, -1]
+        return as_logits(scores, self.config.output_normalizer)
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.prepared = self.prepared._make(tensor.index_select(0, rows) for tensor in self.prepared)
+        self.source_ids, self.copy_ids = (
+            None if ids is None else ids.index_select(0, rows) for ids in (self.source_ids, self.copy_ids)
+        )
+        self.reorder(rows)
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        self.state = self.state.map(lambda tensor: tensor.index_select(0, rows))
+
+    def repeat(self, times: int) -> None:
+        rows = torch.arange(self.prepared.mask.size(0), device=self.prepared.mask.device)
+        self.select(rows.repeat_interleave(times))
+
+
+def _defining_class(cls: type, name: str) -> type | None:
+    return next((base for base in cls.__mro__ if name in vars(base)), None)
+
+
+def is_covered(
+    model: GenerationMixin, input_ids: torch.Tensor, config: GenerationConfig, options: dict[str, Any]
+) -> bool:
+    """
+    May these loops take a call's place? Not where anything but ids is returned or handed in, where something looks on
+    (a streamer, hooks on modules), or where the model's forward pass is another one (a subclass's, a compiled one, one
+    over several devices).
+
+    Args:
+        options: the keyword arguments of `GenerationMixin._sample` or `_beam_search`, the model's among them.
+    """
+    if not getattr(model, "_fast_generation", False) or not isinstance(options.get("encoder_outputs"), ModelOutput):
+        return False
+    wanted = config.return_dict_in_generate or config.is_assistant or config.prefill_chunk_size is not None
+    handed_in = any(options.get(name) is not None for name in ("past_key_values", "streamer"))
+    if wanted or handed_in or options.get("synced_gpus") or not options.get("use_cache"):
+        return False
+    module = cast(nn.Module, model)
+    own = _defining_class(type(module), "forward") is _defining_class(type(module), "decoding_steps")
+    compiled = "forward" in vars(module) or module._compiled_call_impl is not None
+    if module.training or not own or compiled or input_ids.device != module.device:
+        return False
+    return not any(
+        one._forward_hooks or one._forward_pre_hooks or hasattr(one, "_hf_hook") for one in module.modules()
+    )
+
+
+def rows_are_independent(
+    config: GenerationConfig, logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList
+) -> bool:
+    """May a row be missing without a difference to others? In sampling, all rows draw from one stream of numbers."""
+    return (
+        not config.do_sample
+        and all(
+            type(one) in ROW_WISE_PROCESSORS
+            and not isinstance(getattr(one, "prompt_ignore_length", None), torch.Tensor)  # one for each row
+            for one in logits_processor
+        )
+        and all(type(one) in ROW_WISE_CRITERIA for one in stopping_criteria)
+    )
+
+
+class Ended:
+    """
+    What has ended, by the row of the batch (under beam search, the source) that it belongs to.
+
+    Args:
+        rows: how many there are in the batch.
+    """
+
+    def __init__(self, rows: int, device: torch.device):
+        self.running = torch.arange(rows, device=device)  # which rows of the batch are still with us
+        self.rows: list[torch.Tensor] = []
+        self.sequences: list[torch.Tensor] = []
+
+    def add(self, ended: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
+        """Of rows that have `ended` [b], their sequences [.., T]. Returns which rows go on."""
+        self.rows.append(self.running[ended])
+        self.sequences.append(sequences)
+        going_on = (~ended).nonzero().squeeze(1)
+        self.running = self.running[going_on]
+        return going_on
+
+    def all_sequences(self, fill: int) -> torch.Tensor:
+        """Those of all rows in the batch's order, [B, ..., T], filled up behind."""
+        width = max(one.size(-1) for one in self.sequences)
+        padded = [nn.functional.pad(one, (0, width - one.size(-1)), value=fill) for one in self.sequences]
+        return torch.cat(padded)[torch.cat(self.rows).argsort()]
+
+
+def enough_to_drop(ended: torch.Tensor) -> bool:
+    """[b]"""
+    return int(ended.sum()) >= max(1, len(ended) * DROPPED_PART)
+
+
+def sample(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    synced_gpus: bool = False,
+    **model_kwargs: Any,
+) -> torch.LongTensor:
+    """`GenerationMixin._sample`, greedy or not, where `is_covered`. All arguments are its own."""
+    pad = cast(Any, config)._pad_token_tensor
+    fills_up = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    may_drop = fills_up and rows_are_independent(config, logits_processor, stopping_criteria)
+    ended = Ended(input_ids.size(0), input_ids.device)
+    unfinished = torch.ones_like(ended.running, dtype=torch.bool)
+
+    with shared_by_steps(packed=input_ids.size(0) >= PACKED_ROWS):
+        outputs = model._prefill(input_ids, config, model_kwargs)
+        steps = first_steps(model, outputs, model_kwargs)
+        logits = outputs.logits[:, -1].clone()
+        del outputs
+        while True:
+            scores = logits_processor(input_ids, logits.float())  # type: ignore[arg-type]
+            if config.do_sample:
+                tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+            else:
+                tokens = scores.argmax(dim=-1)
+            if fills_up:
+                tokens = torch.where(unfinished, tokens, pad)
+            input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)
+            unfinished = unfinished & ~stopping_criteria(input_ids, None)
+            if not unfinished.any():
+                break
+            if may_drop and enough_to_drop(~unfinished):
+                going_on = ended.add(~unfinished, input_ids[~unfinished])
+                input_ids, tokens, unfinished = (one[going_on] for one in (input_ids, tokens, unfinished))
+                steps.select(going_on)
+            logits = steps(tokens)
+    ended.add(~unfinished, input_ids)
+    return cast(torch.LongTensor, ended.all_sequences(fill=0 if pad is None else int(pad)))
+
+
+def first_steps(model: Any, outputs: ModelOutput, model_kwargs: dict[str, Any]) -> Steps:
+    """The model's steps after the first one, whose `outputs` these are."""
+    return type(model).decoding_steps(
+        model, outputs["past_key_values"], model_kwargs["encoder_outputs"], model_kwargs.get("copy_ids")
+    )
+
+
+def every(tensors: dict[str, Any], beams: int) -> dict[str, Any]:
+    """One row a source of what generate() has repeated for the beams."""
+    return {name: one[::beams] if isinstance(one, torch.Tensor) else one for name, one in tensors.items()}
+
+
+def search_beams(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    synced_gpus: bool = False,
+    **model_kwargs: Any,
+) -> torch.LongTensor:
+    """
+    `GenerationMixin._beam_search` where `is_covered`. All arguments are its own; its helpers are called through
+    `model`, so a view of the model may have others.
+
+    A source is done when its finished hypotheses can't change any more: when no running one can improve on them, or
+    all are there and `early_stopping` is True.
+    """
+    beams = config.num_beams
+    prompt = input_ids[::beams]
+    encoder_outputs = model_kwargs["encoder_outputs"]
+    model_kwargs = every(model_kwargs, beams)
+    model_kwargs["encoder_outputs"] = type(encoder_outputs)(**every(encoder_outputs, beams))
+
+    (sources, prompt_length), device = prompt.shape, prompt.device
+    eos, pad = cast(Any, config)._eos_token_tensor, cast(Any, config)._pad_token_tensor
+    kept = max(2, 1 + (0 if eos is None else len(eos))) * beams
+    fill = -1 if eos is None else int(pad or eos[0])
+    among_best = torch.arange(kept, device=device) < beams
+    may_drop = rows_are_independent(config, logits_processor, stopping_criteria)
+    ended = Ended(sources, device)
+    early_stopping, length_penalty = config.early_stopping, config.length_penalty
+
+    def best(finished: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """What is returned of these sources, [.., R, T]."""
+        returned = config.num_return_sequences
+        return finished[:, :returned, : prompt_length + int(lengths[:, :returned].max())]
+
+    running = prompt[:, None].expand(-1, beams, -1)  # sequences, [b, N, T]
+    running_scores = torch.zeros(sources, beams, device=device)
+    running_scores[:, 1:] = -1e9  # all beams are the same at first
+    finished = running
+    finished_scores = torch.full_like(running_scores, -1e9)
+    lengths = torch.zeros_like(running_scores, dtype=torch.long)  # tokens behind the prompt in `finished`
+    is_finished = torch.zeros_like(running_scores, dtype=torch.bool)
+    may_improve = torch.ones(sources, 1, dtype=torch.bool, device=device)
+
+    with shared_by_steps(packed=input_ids.size(0) >= PACKED_ROWS):
+        outputs = model._prefill(prompt, config, model_kwargs)
+        steps = first_steps(model, outputs, model_kwargs)
+        logits = outputs.logits[:, -1].repeat_interleave(beams, dim=0)
+        del outputs
+        steps.repeat(beams)
+        while True:
+            length = running.size(2)
+            log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+            log_probs = logits_processor(running.flatten(0, 1), log_probs).unflatten(0, (-1, beams))  # type: ignore[arg-type]
+            scores = (log_probs + running_scores[:, :, None]).flatten(1)  # [b, N * V]
+            if config.do_sample:
+                chosen = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=kept)
+                top_scores = scores.gather(1, chosen)
+            else:
+                top_scores, chosen = scores.topk(kept)  # [b, K]
+            parents = chosen // log_probs.size(2)
+            tokens = chosen % log_probs.size(2)
+            top = torch.cat((model._gather_beams(running, parents), tokens[:, :, None]), dim=2)
+            hits = stopping_criteria(top.flatten(0, 1), None).view_as(parents)
+            # In the places where transformers' helpers have all of a hypothesis's beam indices they get its last
+            # parent, or the number of its tokens: all that is made of them here.
+            running, running_scores, parents = model._get_running_beams_for_next_iteration(
+                topk_log_probs=top_scores,
+                topk_running_sequences=top,
+                topk_running_beam_indices=parents,
+                next_token_hits_stopping_criteria=hits,
+                num_beams=beams,
+            )
+            finished, finished_scores, lengths, is_finished = model._update_finished_beams(
+                sequences=nn.functional.pad(finished, (0, 1), value=fill),
+                topk_running_sequences=top,
+                beam_scores=finished_scores,
+                topk_log_probs=top_scores,
+                beam_indices=lengths,
+                topk_running_beam_indices=torch.full_like(chosen, length + 1 - prompt_length),
+                is_early_stop_heuristic_unsatisfied=may_improve,
+                is_sent_finished=is_finished,
+                next_token_hits_stopping_criteria=hits,
+                top_num_beam_mask=among_best,
+                num_beams=beams,
+                cur_len=length,
+                decoder_prompt_len=prompt_length,
+                length_penalty=length_penalty,
+                early_stopping=early_stopping,
+            )
+            may_improve = model._check_early_stop_heuristic(
+                is_early_stop_heuristic_unsatisfied=may_improve,
+                running_beam_scores=running_scores,
+                beam_scores=finished_scores,
+                is_sent_finished=is_finished,
+                cur_len=length + 1,
+                max_length=config.max_length,
+                decoder_prompt_len=prompt_length,
+                early_stopping=early_stopping,
+                length_penalty=length_penalty,
+            )
+            done = ~may_improve[:, 0]
+            if early_stopping is True:
+                done = done | is_finished.all(1)
+            # Of hypotheses whose scores are exactly equal transformers returns what the last step happens to leave.
+            done = done & (finished_scores[:, 1:] != finished_scores[:, :-1]).all(1)
+            if done.all() or not model._beam_search_has_unfinished_sequences(
+                may_improve, is_finished, hits, early_stopping
+            ):
+                break
+            rows = parents + beams * torch.arange(len(parents), device=device)[:, None]  # [b, N]
+            if may_drop and enough_to_drop(done):
+                going_on = ended.add(done, best(finished[done], lengths[done]))
+                running, running_scores, rows = (one[going_on] for one in (running, running_scores, rows))
+                finished, finished_scores, lengths = (one[going_on] for one in (finished, finished_scores, lengths))
+                is_finished, may_improve = is_finished[going_on], may_improve[going_on]
+                steps.select(rows.flatten())
+            else:
+                steps.reorder(rows.flatten())
+            logits = steps(running[:, :, -1].flatten())
+    ended.add(torch.ones_like(done), best(finished, lengths))
+    return cast(torch.LongTensor, ended.all_sequences(fill).flatten(0, 1))

@@ -1,0 +1,272 @@
+"""Additive attention's scores in parts against the plain equation, and what is kept for the backward pass."""
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from hf_rnn_seq2seq import additive_scores as module
+from hf_rnn_seq2seq import attention, content_attention
+from hf_rnn_seq2seq.additive_scores import additive_scores, plain_additive_scores
+from tests.models import CONFIGURATIONS, batch_of, name_of, ragged_batch, tiny_model
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+Scores = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> torch.Tensor:
+    return (scale * torch.randn(*shape, dtype=torch.float64)).to(dtype).requires_grad_()
+
+
+def tensors(
+    batch: int, length: int, source: int, heads: int, width: int, seed: int = 0, **kwargs: Any
+) -> list[torch.Tensor]:
+    """Queries, keys, v."""
+    torch.manual_seed(seed)
+    size = heads * width
+    return [draw(batch, length, size, **kwargs), draw(batch, source, size, **kwargs), draw(heads, width, **kwargs)]
+
+
+def values_and_gradients(scores: Scores, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    found = scores(*inputs)
+    weight = torch.linspace(-1, 1, found.numel(), dtype=found.dtype).view(found.shape)
+    return [found.detach(), *torch.autograd.grad((found * weight).sum() + found.sin().sum(), inputs)]
+
+
+def assert_all_close(one: list[torch.Tensor], other: list[torch.Tensor], **tolerance: float) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    length=st.integers(1, 5),
+    source=st.integers(1, 7),
+    heads=st.integers(1, 3),
+    width=st.integers(1, 5),
+    numbers=st.sampled_from([1, 30, 100, 10**6]),
+    scale=st.sampled_from([0.01, 1.0, 30.0]),
+)
+def test_equal_the_equation(
+    batch: int, length: int, source: int, heads: int, width: int, numbers: int, scale: float
+) -> None:
+    inputs = tensors(batch, length, source, heads, width, scale=scale)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "NUMBERS_AT_ONCE", numbers)
+        found = values_and_gradients(additive_scores, inputs)
+    assert_all_close(found, values_and_gradients(plain_additive_scores, inputs), **EXACT)
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_takes_views(length: int) -> None:
+    """Expanded and transposed arguments, and an expanded gradient, as sum() makes one."""
+    torch.manual_seed(0)
+    query = draw(1, length, 6)
+    keys = draw(5, 3, 6)
+    v = draw(3, 2)
+    parts: list[list[torch.Tensor]] = []
+    for scores in (additive_scores, plain_additive_scores):
+        found = scores(query.expand(3, -1, -1), keys.transpose(0, 1), v.t())
+        parts.append([found.detach(), *torch.autograd.grad(found.sum(), (query, keys, v))])
+    assert_all_close(parts[0], parts[1], **EXACT)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 1, 5), (2, 1, 4, 1, 5), (2, 3, 4, 2, 3)])
+def test_gradients_against_finite_differences(shape: tuple[int, ...]) -> None:
+    assert torch.autograd.gradcheck(additive_scores, tensors(*shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [1, 6])
+def test_other_types_sum_in_float32(dtype: torch.dtype, length: int) -> None:
+    inputs = tensors(3, length, 9, 1, 64, dtype=dtype)
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    scores, *gradients = values_and_gradients(additive_scores, inputs)
+    expected, *wide_gradients = values_and_gradients(plain_additive_scores, wide)
+    assert scores.dtype == torch.float32
+    assert [g.dtype for g in gradients] == [dtype] * 3
+    torch.testing.assert_close(scores.double(), expected, rtol=0, atol=2e-5)
+    tolerance = {"rtol": 2e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    assert_all_close([g.double() for g in gradients], wide_gradients, **tolerance)
+
+
+def test_autocast_does_not_round_the_sums() -> None:
+    query, keys, v = tensors(2, 5, 6, 1, 200, dtype=torch.float32)
+    query, keys = (tensor.detach().bfloat16().requires_grad_() for tensor in (query, keys))
+    outside = values_and_gradients(additive_scores, [query, keys, v])
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = values_and_gradients(additive_scores, [query, keys, v])
+    for one, other in zip(inside, outside, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+def test_extreme_arguments_neither_overflow_nor_lose_their_sum() -> None:
+    """The hidden layer sees q + k: that both are large says nothing."""
+    query = torch.tensor([[[300.0, -300.0, 1e30, 0.0]]], requires_grad=True)
+    keys = torch.tensor([[[-299.5, 300.5, 1e30, -1e30]]], requires_grad=True)
+    v = torch.ones(1, 4)
+    found = additive_scores(query, keys, v)
+    torch.testing.assert_close(found, plain_additive_scores(query, keys, v))
+    found.sum().backward()
+    expected = torch.tensor([1 - 0.5**2, 1 - 0.5**2, 0, 0])
+    assert query.grad is not None
+    torch.testing.assert_close(query.grad[0, 0, 2:], expected[2:])
+    torch.testing.assert_close(query.grad[0, 0, :2], 1 - torch.tensor([0.5, 0.5]).tanh() ** 2)
+
+
+def test_only_its_arguments_are_kept() -> None:
+    query, keys, v = tensors(3, 4, 5, 1, 6)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        additive_scores(query, keys, v)
+    assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in (query, keys, v)}
+
+
+def test_inference_mode_leaves_nothing_behind() -> None:
+    """Its tensors can't be written outside of it, so none may stay in the memory that all calls share."""
+    inputs = tensors(2, 3, 4, 1, 5)
+    module.scratch.memory = torch.empty(0)
+    with torch.inference_mode():
+        inside = additive_scores(*inputs)
+    torch.testing.assert_close(values_and_gradients(additive_scores, inputs)[0], inside, **EXACT)
+
+
+def test_threads_do_not_share_memory() -> None:
+    inputs = [tensors(8, 6, 40, 1, 64, seed=seed) for seed in range(4)]
+    expected = [plain_additive_scores(*one) for one in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda one: [additive_scores(*one) for _ in range(20)], inputs))
+    for several, one in zip(found, expected, strict=True):
+        for scores in several:
+            torch.testing.assert_close(scores, one, **EXACT)
+
+
+def test_no_gradient_where_none_is_wanted() -> None:
+    query, keys, v = tensors(2, 3, 4, 1, 5)
+    with torch.no_grad():
+        assert not additive_scores(query, keys, v).requires_grad
+    frozen = [query, keys.detach(), v.detach()]
+    (gradient,) = torch.autograd.grad(additive_scores(*frozen).sum(), query)
+    (expected,) = torch.autograd.grad(plain_additive_scores(query, keys, v).sum(), query)
+    torch.testing.assert_close(gradient, expected, **EXACT)
+
+
+def test_differentiating_twice_is_refused() -> None:
+    inputs = tensors(2, 3, 4, 1, 5)
+    scores = additive_scores(*inputs)
+    with pytest.raises(RuntimeError, match="additive attention can't be differentiated twice"):
+        torch.autograd.grad(scores.sum(), inputs[0], create_graph=True)
+
+
+def test_compiles_without_a_break() -> None:
+    inputs = tensors(2, 3, 4, 1, 5)
+    torch._dynamo.reset()
+    compiled = torch.compile(additive_scores, fullgraph=True, backend="aot_eager")
+    assert_all_close(values_and_gradients(compiled, inputs), values_and_gradients(additive_scores, inputs), **EXACT)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_under_checkpointing(use_reentrant: bool) -> None:
+    inputs = tensors(2, 3, 4, 1, 5)
+
+    def checkpointed(*args: torch.Tensor) -> torch.Tensor:
+        return checkpoint(additive_scores, *args, use_reentrant=use_reentrant)
+
+    plain = values_and_gradients(additive_scores, inputs)
+    found = checkpointed(*inputs)
+    weight = torch.linspace(-1, 1, found.numel(), dtype=found.dtype).view(found.shape)
+    for tensor in inputs:
+        tensor.grad = None
+    ((found * weight).sum() + found.sin().sum()).backward()
+    gradients = [tensor.grad for tensor in inputs if tensor.grad is not None]
+    assert_all_close([found.detach(), *gradients], plain, **EXACT)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("length", [1, 6])
+def test_on_a_gpu(length: int) -> None:
+    inputs = tensors(3, length, 9, 2, 16)
+    plain = values_and_gradients(plain_additive_scores, inputs)
+    on_gpu = [tensor.detach().cuda().requires_grad_() for tensor in inputs]
+    found = additive_scores(*on_gpu)
+    weight = torch.linspace(-1, 1, found.numel(), dtype=found.dtype).view(found.shape).cuda()
+    gradients = torch.autograd.grad((found * weight).sum() + found.sin().sum(), on_gpu)
+    assert_all_close([tensor.cpu() for tensor in (found.detach(), *gradients)], plain, **EXACT)
+
+
+# In a model
+
+ADDITIVE = [
+    setting
+    for setting in CONFIGURATIONS
+    if "additive" in (setting["attention_type"], setting.get("attention_scoring"))
+    or setting["attention_type"] in ("normed_additive", "location")
+    or setting["decoder_self_attention"]
+]
+
+
+@pytest.mark.parametrize("setting", ADDITIVE[::3], ids=name_of)
+def test_models_are_as_with_the_equation(setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses and gradients; a row without tokens is among the sources."""
+    model = tiny_model(**setting)
+    source, mask = ragged_batch([5, 2, 4], "both")
+    mask[1] = 0
+    labels = torch.tensor([[4, 5, 2, -100], [7, 2, -100, -100], [8, 9, 3, 2]])
+    batch = {**batch_of(model, source, mask), "labels": labels}
+    seen = []
+    for plain in (False, True):
+        if plain:
+            for user in (attention, content_attention):
+                monkeypatch.setattr(user, "additive_scores", plain_additive_scores)
+        other = copy.deepcopy(model)
+        loss = other(**batch).loss
+        loss.backward()
+        seen.append([loss.detach(), *(p.grad for p in other.parameters() if p.grad is not None)])
+    # A sparse head's support, and cross entropy in float32, leave some room.
+    assert_all_close(seen[0], seen[1], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"attention_type": "additive"},
+        {"attention_type": "additive", "attention_coverage": True},
+        {"attention_type": "location"},
+        {"attention_type": "normed_additive"},
+        {"attention_type": "multi_head", "attention_heads": 2, "attention_scoring": "additive"},
+        {"attention_type": "multi_head", "attention_heads": 2},
+        {"attention_type": "general"},
+    ],
+    ids=name_of,
+)
+@pytest.mark.parametrize("wiring", ["input_feeding", "output_only"])
+def test_no_hidden_layer_is_kept(setting: dict[str, Any], wiring: str) -> None:
+    """Of what a model keeps for the backward pass, little has the source's length more than once a step."""
+    model = tiny_model(**setting, wiring_type=wiring, hidden_size=64)
+    source = torch.randint(3, 11, (2, 90))
+    sizes: dict[int, int] = {}  # by storage, so that what is kept twice counts once
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept.append(tensor)
+        return tensor
+
+    totals = []
+    for length in (5, 25):
+        kept: list[torch.Tensor] = []  # so that no address is used again
+        sizes.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            model(source, labels=torch.full((2, length), 4))
+        totals.append(sum(sizes.values()))
+    hidden = 2 * 90 * 64 * 8  # of one step, in bytes
+    assert (totals[1] - totals[0]) / 20 < hidden / 2

@@ -1,0 +1,340 @@
+"""Speed of training and decoding beside other toolkits, on this machine, in one run.
+
+    python training_scripts/benchmark.py train --opennmt_python ~/opennmt/bin/python
+    python training_scripts/benchmark.py decode --opennmt_python ~/opennmt/bin/python --opennmt_model model.pt \\
+        --source test.en
+    python training_scripts/benchmark.py scaling
+
+Every toolkit is a process of its own that waits for its turn: they work one after another, round by round, so that
+what else happens on the machine meets all alike. Printed are medians over the rounds, and ratios as medians of the
+rounds' ratios; `--output` gets a JSON file with every figure, the machine and the versions. A peer without a Python
+that has it is left out with a line that says so.
+
+train: all get the same made-up batches, with the lengths of image captions, in groups of like length; input feeding,
+one layer, dropout 0.2, Adam. Target tokens a second, with end of sequence, without padding. The data is ids: no
+reading, no tokenizing. "as shipped" is torch's default precision; "medium" sets torch.set_float32_matmul_precision
+for a peer, too.
+
+decode: a model that OpenNMT-py has trained, and the same converted to ours: the same weights and words; or, with
+--model, one of ours in several precisions. Sentences a second from text to text, and the share of sentences for which
+the output is the first one's; with --target how good they are.
+
+scaling: time of an update over source length, target length, batch, width and vocabulary, one at a time, and a plot.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+WORKERS = Path(__file__).parent / "benchmark_workers"
+PEERS = {"opennmt": "OpenNMT-py", "joeynmt": "JoeyNMT"}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+DROPOUT = {"dropout": 0.2, "embedding_dropout": 0.2, "output_dropout": 0.2}
+
+
+class Worker:
+    """A toolkit's process. `worker.job(...)` does one job there and gives its result."""
+
+    def __init__(self, python: str, toolkit: str, threads: int):
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        command = [python, str(WORKERS / f"{toolkit}_worker.py")]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            text=True,
+        )
+
+    def __getattr__(self, job: str) -> Callable[..., Any]:
+        def ask(**arguments: Any) -> Any:
+            assert self.process.stdin is not None
+            assert self.process.stdout is not None
+            self.process.stdin.write(json.dumps({"job": job, **arguments}) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+            answer = json.loads(line) if line else {"error": "the process ended"}
+            if "error" in answer:
+                raise RuntimeError(f"{self.process.args}: {job}: {answer['error']}")
+            return answer["result"]
+
+        return ask
+
+
+def peers(options: argparse.Namespace) -> dict[str, Worker]:
+    workers = {}
+    for toolkit, name in PEERS.items():
+        python = getattr(options, f"{toolkit}_python", None)
+        if python is None:
+            print(f"{name}: left out, no --{toolkit}_python")
+        else:
+            workers[toolkit] = Worker(python, toolkit, options.threads)
+    return workers
+
+
+def rounds(contestants: dict[str, Callable[[], float]], count: int) -> dict[str, list[float]]:
+    """What each contestant measures in each round; one more round before them warms up."""
+    measured: dict[str, list[float]] = {name: [] for name in contestants}
+    for index in range(count + 1):
+        for name, measure in contestants.items():
+            figure = measure()
+            if index:
+                measured[name].append(figure)
+    return measured
+
+
+def table(measured: dict[str, list[float]], unit: str, base: str) -> list[dict[str, Any]]:
+    """Prints and returns median, range and ratio to `base`."""
+    rows = []
+    for name, figures in measured.items():
+        ratio = statistics.median(a / b for a, b in zip(figures, measured[base], strict=True))
+        rows.append({"name": name, "unit": unit, "median": statistics.median(figures), "all": figures, "ratio": ratio})
+        low, high = min(figures), max(figures)
+        print(f"{name:44} {statistics.median(figures):10.1f} {unit}  ({low:.1f} to {high:.1f})  {ratio:6.2f} x {base}")
+    return rows
+
+
+def captions(count: int, size: int, source_vocab: int, target_vocab: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Batches of rows of like length; both sides have some 12 tokens, normally distributed, as captions have."""
+    draw = random.Random(seed)
+    lengths = sorted(max(4, round(draw.gauss(12.2, 3.8))) for _ in range(count * size))
+    batches = []
+    for first in range(0, len(lengths), size):
+        part = lengths[first : first + size]
+        batches.append(
+            {
+                "source": [[draw.randrange(4, source_vocab) for _ in range(length)] for length in part],
+                "target": [
+                    [draw.randrange(4, target_vocab) for _ in range(max(2, length + draw.randint(-2, 2)))]
+                    for length in part
+                ],
+            }
+        )
+    draw.shuffle(batches)
+    return batches
+
+
+def config(options: argparse.Namespace, **overrides: Any) -> dict[str, Any]:
+    return (
+        SPECIAL
+        | DROPOUT
+        | {
+            "vocab_size": options.target_vocab,
+            "source_vocab_size": options.source_vocab,
+            "hidden_size": options.hidden,
+            "embedding_size": options.embedding,
+            "wiring_type": "input_feeding",
+            **overrides,
+        }
+    )
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours, bf16": {"bf16": True},
+    "ours, a gradient each step": {"plain": True},
+    "ours, output_only": {"wiring_type": "output_only"},
+    "ours, output_only, bf16": {"wiring_type": "output_only", "bf16": True},
+}
+LOADED: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours, packed": {"packed": True},
+    "ours, bf16, packed": {"dtype": "bfloat16", "packed": True},
+    "ours, int8": {"int8": True},
+}
+
+
+def train(options: argparse.Namespace) -> list[dict[str, Any]]:
+    ours, others = Worker(sys.executable, "our", options.threads), peers(options)
+    batches = captions(options.updates, options.batch_size, options.source_vocab, options.target_vocab)
+    tokens = sum(len(row) + 1 for batch in batches for row in batch["target"])
+    sizes = {
+        "source_vocab": options.source_vocab,
+        "target_vocab": options.target_vocab,
+        "hidden": options.hidden,
+        "embedding": options.embedding,
+    }
+
+    def speed(worker: Worker, name: str, precision: str) -> float:
+        return tokens / worker.train(name=name, batches=batches, precision=precision)
+
+    rows = []
+    for attention in options.attention:
+        contestants: dict[str, Callable[[], float]] = {}
+        for toolkit, worker in others.items():
+            name = f"{toolkit} {attention}"
+            worker.make(name=name, attention=attention, **sizes)
+            for label, precision in (("as shipped", "highest"), ("medium", "medium")):
+                contestants[f"{PEERS[toolkit]}, {label}"] = partial(speed, worker, name, precision)
+        for label, settings in VARIANTS.items():
+            name = f"{label} {attention}"
+            ours.make(name=name, **config(options, attention_type=attention, **settings))
+            contestants[label] = partial(speed, ours, name, "medium")
+        contestants["ours, highest"] = partial(speed, ours, f"ours {attention}", "highest")
+        print(f"\ntraining, {attention} attention:")
+        base = f"{PEERS['opennmt']}, as shipped" if "opennmt" in others else "ours"
+        rows += [{"attention": attention, **row} for row in table(rounds(contestants, options.rounds), "tok/s", base)]
+        for precision in ("highest", "medium"):
+            limit = tokens / ours.limit(batches=batches, precision=precision, **sizes)
+            print(f"{f'matrix products alone, {precision}':44} {limit:10.1f} tok/s")
+            rows.append({"attention": attention, "name": f"products alone, {precision}", "median": limit})
+    return rows
+
+
+def decode(options: argparse.Namespace) -> list[dict[str, Any]]:
+    from hf_rnn_seq2seq.convert import convert
+
+    peer_misses = options.opennmt_model is not None and options.opennmt_python is None
+    if options.source is None or peer_misses or (options.model is None) == (options.opennmt_model is None):
+        raise SystemExit("decode needs --source, and either --model or --opennmt_model with --opennmt_python.")
+    ours = Worker(sys.executable, "our", options.threads)
+    sentences = options.source.read_text(encoding="utf-8").splitlines()[: options.sentences]
+    contestants: dict[str, Worker] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if options.opennmt_model is not None:
+            peer = contestants["OpenNMT-py"] = peers(options)["opennmt"]
+            peer.load(name="OpenNMT-py", checkpoint=str(options.opennmt_model))
+            converted = convert("opennmt", options.opennmt_model)
+            converted.model().save_pretrained(folder)
+            converted.tokenizer.save_pretrained(folder)
+        for label, settings in LOADED.items():
+            contestants[label] = ours
+            size = ours.load(name=label, folder=folder if options.model is None else str(options.model), **settings)
+            print(f"{label}: {size / 1e6:.1f} MB of weights")
+    base = next(iter(contestants))
+    outputs: dict[str, list[str]] = {}
+
+    def speed(label: str, some: list[str], batch_size: int, beams: int) -> float:
+        result = contestants[label].decode(name=label, sentences=some, batch_size=batch_size, beams=beams)
+        outputs[label] = result["outputs"]
+        return len(some) / result["seconds"]
+
+    rows = []
+    for batch_size, count in ((1, max(len(sentences) // 5, 1)), (64, len(sentences))):
+        for beams in (1, 5):
+            some = sentences[:count]
+            measures = {label: partial(speed, label, some, batch_size, beams) for label in contestants}
+            print(f"\n{'greedy' if beams == 1 else f'beam {beams}'}, batches of {batch_size}:")
+            for row in table(rounds(measures, options.rounds), "sentences/s", base):
+                found = outputs[row["name"]]
+                same = sum(a == b for a, b in zip(found, outputs[base], strict=True)) / count
+                print(f"    {row['name']}: the same output for {same:.1%}{quality(found, options.target)}")
+                rows.append({"batch_size": batch_size, "beams": beams, "same_output": same, **row})
+    return rows
+
+
+def quality(outputs: list[str], target: Path | None) -> str:
+    """Of outputs beside the first references of a file: BLEU without tokenizing, and how many differ."""
+    if target is None:
+        return ""
+    from sacrebleu.metrics import BLEU
+
+    references = target.read_text(encoding="utf-8").splitlines()[: len(outputs)]
+    bleu = BLEU(tokenize="none", force=True).corpus_score(outputs, [references]).score
+    wrong = sum(a != b for a, b in zip(outputs, references, strict=True)) / len(outputs)
+    return f"; BLEU {bleu:.2f}, {wrong:.2%} differ from the reference"
+
+
+SCALES = {
+    "source length": (10, 20, 50, 100, 200),
+    "target length": (10, 20, 50, 100, 200),
+    "batch": (4, 8, 16, 32, 64),
+    "width": (64, 128, 256, 512, 1024),
+    "vocabulary": (1_000, 4_000, 16_000, 64_000),
+}
+
+
+def scaling(options: argparse.Namespace) -> list[dict[str, Any]]:
+    ours = Worker(sys.executable, "our", options.threads)
+    draw = random.Random(0)
+    middle = {"source length": 20, "target length": 20, "batch": 16, "width": 256, "vocabulary": 4_000}
+    rows = []
+    for axis, value in ((axis, value) for axis, values in SCALES.items() for value in values):
+        at = middle | {axis: value}
+        widths = {"hidden_size": at["width"], "embedding_size": at["width"] // 2}
+        sizes = {"vocab_size": at["vocabulary"], "source_vocab_size": 4_000}
+        ours.make(name="model", **config(options, attention_type="additive", **widths, **sizes))
+        lengths = {"source": (at["source length"], 4_000), "target": (at["target length"] - 1, at["vocabulary"])}
+        batch = {
+            side: [[draw.randrange(4, size) for _ in range(length)] for _ in range(at["batch"])]
+            for side, (length, size) in lengths.items()
+        }
+        update = partial(ours.train, name="model", batches=[batch] * 3, precision="highest")
+        seconds = statistics.median(rounds({"ours": update}, 3)["ours"]) / 3
+        rows.append({"axis": axis, "value": value, "seconds": seconds})
+        print(f"{axis:14} {value:7}  {seconds * 1e3:9.1f} ms an update")
+    return rows
+
+
+def plot_scaling(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(SCALES), figsize=(3 * len(SCALES), 3), sharey=True, layout="constrained")
+    for axis, name in zip(axes, SCALES, strict=True):
+        points = [(row["value"], row["seconds"] * 1e3) for row in rows if row["axis"] == name]
+        axis.loglog(*zip(*points, strict=True), marker="o")
+        axis.set_xlabel(name)
+        axis.grid(which="both", alpha=0.3)
+    axes[0].set_ylabel("ms an update")
+    figure.savefig(path)
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = found[0].split(":", 1)[1].strip() if found else cpu
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"cpu": cpu, "threads": options.threads, **versions}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "decode", "scaling"))
+    parser.add_argument("--opennmt_python", help="a Python that has OpenNMT-py 3")
+    parser.add_argument("--joeynmt_python", help="a Python that has JoeyNMT 2")
+    parser.add_argument("--opennmt_model", type=Path, help="a checkpoint that OpenNMT-py has saved, for decode")
+    parser.add_argument("--model", type=Path, help="a folder of this package's instead, decoded in several precisions")
+    parser.add_argument("--source", type=Path, help="sentences to decode, one a line")
+    parser.add_argument(
+        "--target", type=Path, help="their references; BLEU and the share of differing outputs are printed"
+    )
+    parser.add_argument("--sentences", type=int, default=500, help="how many of them; a fifth at batch 1")
+    parser.add_argument("--attention", nargs="+", default=["additive", "general"])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--updates", type=int, default=10, help="a round")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--source_vocab", type=int, default=5921)
+    parser.add_argument("--target_vocab", type=int, default=7859)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--embedding", type=int, default=256)
+    parser.add_argument("--output", type=Path, help="a JSON file; scaling also puts a plot beside it")
+    options = parser.parse_args()
+    rows = {"train": train, "decode": decode, "scaling": scaling}[options.what](options)
+    if options.output is not None:
+        record = {"machine": machine(options), "what": options.what, "rows": rows}
+        options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if options.what == "scaling":
+            plot_scaling(rows, options.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Jobs of benchmark.py for this package."""
+
+import contextlib
+import resource
+import time
+from typing import Any
+
+import torch
+from serve import Batch, padded, serve, timed_updates
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+import hf_rnn_seq2seq.decoder
+from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration
+
+PAD, START, END = 0, 1, 2
+models: dict[str, Any] = {}
+
+
+def make(name: str, compile: bool = False, bf16: bool = False, plain: bool = False, **config: Any) -> int:
+    """A model with first weights and its optimizer; the number of its parameters."""
+    model = RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqConfig(**config)).train()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+    models[name] = (torch.compile(model) if compile else model, optimizer, bf16, plain)
+    return model.num_parameters()
+
+
+def train(name: str, batches: list[Batch], precision: str) -> float:
+    model, optimizer, bf16, plain = models[name]
+
+    def update(batch: Batch) -> None:
+        source = padded(batch["source"], PAD)
+        labels = padded([[*row, END] for row in batch["target"]], -100)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            outputs = model(input_ids=source, attention_mask=(source != PAD).long(), labels=labels, skip_logits=True)
+        outputs.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    shared = hf_rnn_seq2seq.decoder.shared_by_steps
+    if plain:
+        hf_rnn_seq2seq.decoder.shared_by_steps = lambda active=True: contextlib.nullcontext()
+    try:
+        return timed_updates(update, batches, precision)
+    finally:
+        hf_rnn_seq2seq.decoder.shared_by_steps = shared
+
+
+def limit(
+    batches: list[Batch], precision: str, source_vocab: int, target_vocab: int, hidden: int, embedding: int
+) -> float:
+    """Seconds of nothing but the matrix products of these updates: additive attention, input feeding, one layer."""
+    torch.set_float32_matmul_precision(precision)
+
+    def products(rows: int, inputs: int, outputs: int, steps: int = 1) -> None:
+        """Forward, and backward to the input, step by step; backward to the weight for all steps."""
+        x, grad, w = torch.randn(rows, inputs), torch.randn(rows, outputs), torch.randn(outputs, inputs)
+        start = time.perf_counter()
+        for _ in (None,) * steps:
+            torch.nn.functional.linear(x, w)
+        for _ in (None,) * steps:
+            grad @ w
+        copying = time.perf_counter()
+        x, grad = x.repeat(steps, 1), grad.repeat(steps, 1)
+        copied = time.perf_counter() - copying
+        grad.t() @ x
+        seconds.append(time.perf_counter() - start - copied)
+
+    seconds: list[float] = []
+    for batch in batches:
+        rows = len(batch["source"])
+        s, t = (max(len(row) for row in batch[side]) for side in ("source", "target"))
+        t += 1
+        products(rows * s, embedding, 4 * hidden)  # the encoder's input gates, both directions
+        products(rows, hidden // 2, 2 * hidden, 2 * s)  # its recurrence
+        products(rows * s, hidden, hidden)  # keys
+        products(rows * t, embedding, 4 * hidden)  # the decoder's input gates, the embedding's part
+        products(rows, 2 * hidden, 4 * hidden, t)  # its recurrence and feeding
+        products(rows, hidden, hidden, t)  # queries
+        products(rows, 2 * hidden, hidden, t)  # features
+        products(rows * t, hidden, target_vocab)  # scores
+    return sum(seconds)
+
+
+def load(name: str, folder: str, dtype: str = "float32", int8: bool = False, packed: bool = False) -> int:
+    """The number of bytes of its weights. `packed`: matrices are packed once for all batches, not by each call."""
+    extra: dict[str, Any] = {}
+    if int8:
+        from hf_rnn_seq2seq.int8 import RnnSeq2SeqInt8Config
+
+        extra["quantization_config"] = RnnSeq2SeqInt8Config()
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=getattr(torch, dtype), **extra).eval()
+    models[name] = (model, AutoTokenizer.from_pretrained(folder), packed)
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def decode(name: str, sentences: list[str], batch_size: int, beams: int, max_length: int = 60) -> dict[str, Any]:
+    """Seconds and outputs; batches in the order of the sentences' lengths, outputs in the order given."""
+    model, tokenizer, packed = models[name]
+    start = time.perf_counter()
+    order = sorted(range(len(sentences)), key=lambda index: -len(sentences[index].split()))
+    outputs = [""] * len(sentences)
+    with torch.inference_mode(), model.packed() if packed else contextlib.nullcontext():
+        for first in range(0, len(order), batch_size):
+            indices = order[first : first + batch_size]
+            batch = tokenizer([sentences[index] for index in indices], return_tensors="pt", padding=True)
+            ids = model.generate(**batch, num_beams=beams, do_sample=False, max_new_tokens=max_length)
+            for index, text in zip(indices, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
+                outputs[index] = text
+    return {"seconds": time.perf_counter() - start, "outputs": outputs}
+
+
+def peak_memory() -> float:
+    """Of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    serve({"make": make, "train": train, "limit": limit, "load": load, "decode": decode, "peak_memory": peak_memory})
