@@ -1,0 +1,208 @@
+"""
+Exported graphs compute what the models do, under every search.
+
+An export takes seconds, so the ordinary run has a few models that between them hold every value of every axis, each
+exported once; the slow run has all `CONFIGURATIONS`.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import CONFIGURATIONS, name_of, ragged_batch, tiny_model
+from scripts import load_script
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+import onnx
+from exported import check_searches, covering, exported, values_of
+
+from hf_rnn_seq2seq import RnnSeq2SeqTokenizer, onnx_export
+from hf_rnn_seq2seq.onnx_export import export_onnx, export_programs, largest_error, make_sample
+from hf_rnn_seq2seq.onnx_model import RnnSeq2SeqOnnx
+from hf_rnn_seq2seq.onnx_runner import DECODER, ENCODER, file_name
+from hf_rnn_seq2seq.tokenizer_training import train_tokenizer
+
+COVERING = covering()
+
+
+def test_the_few_models_have_every_value() -> None:
+    every = set().union(*(values_of(one) for one in CONFIGURATIONS))
+    assert set().union(*(values_of(one) for one in COVERING)) == every
+    assert len(every) > 60
+
+
+@pytest.mark.parametrize("setting", COVERING, ids=name_of)
+def test_searches_give_the_models_ids_scores_and_attention(setting: dict[str, Any]) -> None:
+    check_searches(*exported(**setting))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", CONFIGURATIONS, ids=name_of)
+def test_every_configuration(setting: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_model(**setting).float()
+    export_onnx(model, tmp_path / "onnx", precisions=("float32", "int8"))
+    check_searches(model, tmp_path / "onnx")
+    assert largest_error(model, tmp_path / "onnx", "int8") < 0.5
+
+
+def test_searches_of_our_own_and_sampling() -> None:
+    model: Any
+    model, folder = exported()
+    found: Any = RnnSeq2SeqOnnx.from_pretrained(folder)
+    source, mask = ragged_batch([5, 1, 3])
+    for options in (
+        {"do_sample": True, "top_k": 5},
+        {"do_sample": True, "num_beams": 3, "num_return_sequences": 2},
+        {"num_beams": 4, "gnmt_length_penalty": 0.8, "coverage_penalty": 0.3},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.6},
+        {"num_beams": 4, "force_words_ids": [[5, 6], [7]]},
+    ):
+        results = []
+        for one in (model, found):
+            torch.manual_seed(0)
+            results.append(one.generate(source, attention_mask=mask, max_new_tokens=6, **options))
+        assert torch.equal(*results), options
+
+
+def test_prefixes_caches_and_masks() -> None:
+    """A prompt, padded on the left, and going on from a cache, as with the model."""
+    model: Any
+    model, folder = exported()
+    found: Any = RnnSeq2SeqOnnx.from_pretrained(folder)
+    source, mask = ragged_batch([5, 2])
+    prompt, prompt_mask = torch.tensor([[1, 4, 5], [0, 1, 6]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    kwargs = {"attention_mask": mask, "decoder_input_ids": prompt, "decoder_attention_mask": prompt_mask}
+    wanted = model.generate(source, max_new_tokens=5, **kwargs)
+    assert torch.equal(found.generate(source, max_new_tokens=5, **kwargs), wanted)
+    with torch.no_grad():
+        logits = model(source, mask, decoder_input_ids=prompt).logits
+    first = found(source, mask, decoder_input_ids=prompt[:, :1])
+    rest = found(source, mask, decoder_input_ids=prompt[:, 1:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat((first.logits, rest.logits), dim=1), logits, atol=1e-5, rtol=1e-4)
+
+
+def test_one_vocabulary_copies_its_own_ids() -> None:
+    model: Any
+    model, folder = exported(head_type="pointer_generator")
+    source, mask = ragged_batch([5, 2, 4])
+    found: Any = RnnSeq2SeqOnnx.from_pretrained(folder)
+    wanted = model.generate(source, attention_mask=mask, num_beams=2, max_new_tokens=5)
+    assert torch.equal(found.generate(source, attention_mask=mask, num_beams=2, max_new_tokens=5), wanted)
+    with pytest.raises(ValueError, match="`copy_ids` is for a head that copies, not 'linear'"):
+        RnnSeq2SeqOnnx.from_pretrained(exported()[1])(source, decoder_input_ids=source, copy_ids=source)
+
+
+def test_hidden_states_are_refused() -> None:
+    found: Any = RnnSeq2SeqOnnx.from_pretrained(exported()[1])
+    with pytest.raises(ValueError, match="output_hidden_states"):
+        found(torch.ones(1, 2, dtype=torch.long), decoder_input_ids=torch.ones(1, 1), output_hidden_states=True)
+    with pytest.raises(ValueError, match="decoder_input_ids"):
+        found(torch.ones(1, 2, dtype=torch.long))
+
+
+# int8
+
+
+def test_int8_is_small_near_and_runs(tmp_path: Path) -> None:
+    setting = {"vocab_size": 400, "hidden_size": 64, "embedding_size": 64, "attention_type": "dot"}
+    model = tiny_model(**setting).float()
+    export_onnx(model, tmp_path, precisions=("float32", "int8"))
+    for graph, kinds in ((ENCODER, {"DynamicQuantizeLSTM"}), (DECODER, {"MatMulInteger"})):
+        sizes = [(tmp_path / file_name(graph, precision)).stat().st_size for precision in ("float32", "int8")]
+        assert sizes[1] < 0.4 * sizes[0]
+        proto = onnx.load(tmp_path / file_name(graph, "int8"))
+        assert str(Path(onnx_export.__file__).parent).encode() not in proto.SerializeToString()
+        nodes = proto.graph.node
+        assert kinds <= {node.op_type for node in nodes}
+    assert 1e-6 < largest_error(model, tmp_path, "int8") < 0.05
+    source, mask = ragged_batch([5, 2, 4])
+    found: Any = RnnSeq2SeqOnnx.from_pretrained(tmp_path, "int8")
+    output = found.generate(source, attention_mask=mask, num_beams=3, max_new_tokens=4, min_new_tokens=4)
+    assert output.shape == (3, 5)
+
+
+# What is written, and what is not
+
+
+def test_a_graph_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = onnx_export.to_onnx
+
+    def spoilt(graph: Any) -> onnx.ModelProto:
+        proto = original(graph)
+        weights = max(proto.graph.initializer, key=lambda one: len(one.raw_data))
+        array = onnx.numpy_helper.to_array(weights)
+        weights.CopyFrom(onnx.numpy_helper.from_array(array * array.dtype.type(1.05), weights.name))
+        return proto
+
+    monkeypatch.setattr(onnx_export, "to_onnx", spoilt)
+    with pytest.raises(RuntimeError, match=r"differ from the model by .* nothing was written"):
+        export_onnx(tiny_model(), tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_precision_and_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`precisions` may hold float32, int8, got 'int4'"):
+        export_onnx(tiny_model(), tmp_path, precisions=("int4",))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"`max_source_positions`=2: .* at least 3"):
+        export_programs(tiny_model(encoder_type="conv", max_source_positions=2))
+    with pytest.raises(FileNotFoundError, match=r"has no encoder_model_int8.onnx: export the model with 'int8'"):
+        RnnSeq2SeqOnnx.from_pretrained(exported()[1], "int8")
+
+
+def test_script_with_weights_in_files_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["ab ba", "c"]
+    tokenizer = RnnSeq2SeqTokenizer(train_tokenizer(words, "char"), train_tokenizer(words, "symbols"))
+    sizes = {"source_vocab_size": tokenizer.source_vocab_size, "vocab_size": len(tokenizer)}
+    model = tiny_model(**sizes, hidden_size=32).float()  # small tensors stay in the graph
+    for one in (model, tokenizer):
+        one.save_pretrained(tmp_path / "saved")
+    monkeypatch.setattr(onnx_export, "EXTERNAL_DATA", 0)
+    load_script("export_onnx").main([str(tmp_path / "saved"), str(tmp_path / "onnx"), "--int8"])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed] == ["float32", "int8"]
+    names = {path.name for path in (tmp_path / "onnx").iterdir()}
+    assert names >= {
+        "encoder_model.onnx", "encoder_model.onnx.data", "decoder_model.onnx.data", "decoder_model_int8.onnx",
+        "config.json", "generation_config.json", "tokenizer.json", "source_tokenizer.json", "onnx_runner.py",
+    }  # fmt: skip
+    moved = shutil.move(tmp_path / "onnx", tmp_path / "elsewhere")
+    source, mask = ragged_batch([4, 2], ids=tokenizer.source_vocab_size)
+    found: Any = RnnSeq2SeqOnnx.from_pretrained(moved)
+    assert torch.equal(found.generate(source, attention_mask=mask), model.generate(source, attention_mask=mask))
+    with pytest.raises(SystemExit, match="nowhere"):
+        load_script("export_onnx").main([str(tmp_path / "nowhere"), str(tmp_path / "onnx")])
+
+
+# torch.export
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"cell_type": "gru", "encoder_layers": 1},
+        {"attention_type": "dot", "decoder_self_attention": True, "attention_normalizer": "sparsemax"},
+        {"encoder_type": "pyramidal", "encoder_layers": 2, "cell_type": "ssru", "attention_type": "monotonic"},
+        {"encoder_type": "conv", "encoder_layers": 1, "head_type": "pointer_generator"},
+    ],
+    ids=name_of,
+)
+def test_programs_of_torch_export(setting: dict[str, Any]) -> None:
+    model = tiny_model(**setting).float()
+    programs = export_programs(model)
+    encoder, step = programs.encoder.program.module(), programs.step.program.module()
+    for batch, length, past, side in ((2, 11, 2, "left"), (5, 6, 4, "right")):
+        sample = make_sample(model, batch, length, past, side)
+        source, token = sample.inputs()
+        wanted = sample.run(model)
+        for found, want in ((encoder(*source), wanted[0]), (step(*token), wanted[1])):
+            torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
+    names = list(programs.step.inputs)
+    assert names[0] == "input_ids"
+    assert programs.step.inputs["memory_mask"][0] == "batch"
