@@ -152,7 +152,7 @@ def write_model_card(
         f"---\n{metadata.to_yaml()}\n---\n",
         f"# {model_name}\n",
         f"A recurrent encoder-decoder ({config.model_type}, {parameters:,} parameters), {origin} on {data_name}, "
-        f"with `hf_rnn_seq2seq` {__version__}.\n",
+        f"with `hf_rnn_seq2seq` {versions.get('hf-rnn-seq2seq', __version__)}.\n",
         "## Figures\n",
         table(("split", "figure", "value"), [(s, n, f"{v:.4g}") for s, n, v in figures])
         if figures
@@ -312,7 +312,8 @@ def reproduction(record: Mapping[str, Any]) -> str:
         + "\nThese commands give the figures above"
         + (f", with {' and '.join(folders)} set to where the data is" if folders else "")
         + (f", in {record['processes']} processes" if record["processes"] > 1 else "")
-        + ". On the same hardware with the same versions they do so to the last digit on a CPU.\n\n"
+        + ". On the same hardware with the same versions and number of threads "
+        + f"({record['hardware']['threads']}, as `OMP_NUM_THREADS` sets it) they do so to the last digit on a CPU.\n\n"
         + "```bash\n"
         + exports
         + "\n".join(record["commands"])
