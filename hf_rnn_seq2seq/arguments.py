@@ -34,6 +34,13 @@ class RunArguments:
         default=None,
         metadata={"help": "Fine-tune, evaluate or predict with this saved model and its tokenizer."},
     )
+    ensemble: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate or predict with these saved models as one, which averages their probabilities. They must"
+            " have been trained with the same tokenizer."
+        },
+    )
     preset: str | None = field(
         default=None,
         metadata={"help": "A published system's configuration (hf_rnn_seq2seq.PRESETS); other flags change it."},

@@ -19,14 +19,13 @@ from transformers.generation import GenerateBeamEncoderDecoderOutput
 from transformers.generation.utils import GenerateBeamOutput
 from transformers.utils import ModelOutput
 
-from .beam_options import BeamSearchOptions, ForceWordsIds, as_list, forms_of
+from .beam_options import BeamSearchOptions, ForceWordsIds, forms_of
 from .fast_generation import is_covered, search_beams
-from .joeynmt_search import JoeynmtSearch
-from .opennmt_search import OpennmtSearch
+from .search_base import NEVER, Search
+from .toolkit_search import JoeynmtSearch, OpennmtSearch
 
 logger = logging.getLogger(__name__)
 
-NEVER = -1e9  # what transformers' loop adds to the score of what must not be chosen
 MISSING_TOKEN = 1e6  # a forced token that is missing at the end costs less than that, and more than any score
 
 
@@ -61,32 +60,12 @@ def beam_search(
     view.start_search(options, generation_config, input_ids.device)
     if options.coverage_penalty:
         arguments["output_attentions"] = True  # of every step; the configuration says whether they are returned
-    # What all but the length penalty remember is of all rows: `search_beams` drops some.
-    keeps_rows = options.coverage_penalty or options.has_groups or options.has_words or options.toolkits
+    # What these remember is of all rows: `search_beams` drops some.
+    keeps_rows = options.coverage_penalty or options.has_groups or options.has_words
     if not keeps_rows and is_covered(view, input_ids, generation_config, arguments):
         return search_beams(view, input_ids, config=generation_config, **arguments)
     output = GenerationMixin._beam_search(view, input_ids, generation_config=generation_config, **arguments)
     return view.finish_search(output)
-
-
-class Search(GenerationMixin):
-    """
-    What the searches below have in common.
-
-    They override helpers of transformers' loop, which passes their arguments by name; most go on as they came, so
-    they are not spelt out again (hence `ignore[override]`).
-    """
-
-    def start_search(
-        self, options: BeamSearchOptions, generation_config: GenerationConfig, device: torch.device
-    ) -> None:
-        """Called on the view, once, before the loop."""
-        self._options = options
-        self._eos_ids = torch.tensor(as_list(generation_config.eos_token_id), device=device, dtype=torch.long)
-
-    def finish_search(self, output: GenerateBeamOutput | torch.LongTensor) -> GenerateBeamOutput | torch.LongTensor:
-        """Called with what the loop has returned."""
-        return output
 
 
 class GnmtPenalties(Search):

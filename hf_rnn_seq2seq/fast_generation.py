@@ -78,9 +78,6 @@ ROW_WISE_CRITERIA: frozenset[type] = frozenset({EosTokenCriteria, MaxLengthCrite
 # Rows are dropped when this part of them has ended. Copying those that stay costs less than this part of a step.
 DROPPED_PART = 1 / 8
 
-# Fewer rows than these don't pay for packing the matrices, which is done once a call.
-PACKED_ROWS = 4
-
 
 class Steps(Protocol):
     """A decoder behind the first step of generate()."""
@@ -236,7 +233,7 @@ def sample(
     ended = Ended(input_ids.size(0), input_ids.device)
     unfinished = torch.ones_like(ended.running, dtype=torch.bool)
 
-    with shared_by_steps(packed=input_ids.size(0) >= PACKED_ROWS):
+    with shared_by_steps(packed=True):
         outputs = model._prefill(input_ids, config, model_kwargs)
         steps = first_steps(model, outputs, model_kwargs)
         logits = outputs.logits[:, -1].clone()
@@ -319,7 +316,7 @@ def search_beams(
     is_finished = torch.zeros_like(running_scores, dtype=torch.bool)
     may_improve = torch.ones(sources, 1, dtype=torch.bool, device=device)
 
-    with shared_by_steps(packed=input_ids.size(0) >= PACKED_ROWS):
+    with shared_by_steps(packed=True):
         outputs = model._prefill(prompt, config, model_kwargs)
         steps = first_steps(model, outputs, model_kwargs)
         logits = outputs.logits[:, -1].repeat_interleave(beams, dim=0)
@@ -380,7 +377,8 @@ def search_beams(
             if early_stopping is True:
                 done = done | is_finished.all(1)
             # Of hypotheses whose scores are exactly equal transformers returns what the last step happens to leave.
-            done = done & (finished_scores[:, 1:] != finished_scores[:, :-1]).all(1)
+            best_scores = finished_scores[:, : config.num_return_sequences + 1]
+            done = done & (best_scores[:, 1:] != best_scores[:, :-1]).all(1)
             if done.all() or not model._beam_search_has_unfinished_sequences(
                 may_improve, is_finished, hits, early_stopping
             ):
@@ -389,6 +387,7 @@ def search_beams(
             if may_drop and enough_to_drop(done):
                 going_on = ended.add(done, best(finished[done], lengths[done]))
                 running, running_scores, rows = (one[going_on] for one in (running, running_scores, rows))
+                model._select_sources(going_on)
                 finished, finished_scores, lengths = (one[going_on] for one in (finished, finished_scores, lengths))
                 is_finished, may_improve = is_finished[going_on], may_improve[going_on]
                 steps.select(rows.flatten())

@@ -69,6 +69,9 @@ class RnnSeq2SeqGenerationMixin(GenerationMixin):
         """
         return packed_weights()
 
+    def _select_sources(self, rows: torch.Tensor) -> None:
+        """Called on a view of the model when its search goes on with these sources alone: see `beam_search`."""
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # forward makes the cache

@@ -85,6 +85,7 @@ def write_model_card(
     record: Mapping[str, Any] | None = None,
     plot: str | None = None,
     variants: Sequence[Variant] = (),
+    ensemble: Path | None = None,
     language: str | list[str] | None = None,
     license: str | None = None,
     tags: str | list[str] | None = None,
@@ -107,19 +108,12 @@ def write_model_card(
         record: what `run.json` holds, if run_seq2seq.py trained the model.
         plot: an attention plot, as the card is to refer to it.
         variants: other models, whose figures go into a table.
+        ensemble: output folder of run_seq2seq.py with `--ensemble`, whose figures go into another.
         Others: as `RnnSeq2SeqTrainer.create_model_card`.
     """
     task = (as_list(tasks) or ["text2text-generation"])[0]
     data_name = ", ".join(as_list(dataset)) or ", ".join(as_list(dataset_tags)) or "unnamed data"
-    figures, signatures = [], []
-    for key, value in results.items():
-        prefix, _, name = key.partition("_")
-        if prefix not in SPLIT_OF_PREFIX or name in NO_FIGURES:
-            continue
-        if isinstance(value, str):
-            signatures.append((SPLIT_OF_PREFIX[prefix], name, value))
-        else:
-            figures.append((SPLIT_OF_PREFIX[prefix], name, value))
+    figures, signatures = figures_and_signatures(results)
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag=task,
@@ -154,12 +148,11 @@ def write_model_card(
         f"A recurrent encoder-decoder ({config.model_type}, {parameters:,} parameters), {origin} on {data_name}, "
         f"with `hf_rnn_seq2seq` {versions.get('hf-rnn-seq2seq', __version__)}.\n",
         "## Figures\n",
-        table(("split", "figure", "value"), [(s, n, f"{v:.4g}") for s, n, v in figures])
-        if figures
-        else "It was not evaluated after training.\n",
+        figures_table(figures) if figures else "It was not evaluated after training.\n",
         "Error rates, BLEU, chrF and ROUGE are in percent.\n" if figures else "",
         table(("split", "made with", "signature"), signatures) if signatures else "",
         variants_table(results, variants) if variants else "",
+        "" if ensemble is None else ensemble_section(ensemble),
         "" if record is None else reproduction(record),
         f"![Attention over a test source while its prediction is read]({plot})\n" if plot else "",
         f"## How to use\n\n{USAGE.format(name=arguments.get('hub_model_id') or model_name)}",
@@ -174,13 +167,39 @@ def write_model_card(
     path.write_text("\n".join(section for section in sections if section), encoding="utf-8")
 
 
-def write_card_of_run(output_dir: Path, path: Path, plot: str | None = None, variants: Sequence[Variant] = ()) -> None:
+def figures_and_signatures(
+    results: Mapping[str, float | str],
+) -> tuple[list[tuple[str, str, float]], list[tuple[str, str, str]]]:
+    """Of results named as the Trainer names them: split, name and value of each."""
+    figures, signatures = [], []
+    for key, value in results.items():
+        prefix, _, name = key.partition("_")
+        if prefix not in SPLIT_OF_PREFIX or name in NO_FIGURES:
+            continue
+        if isinstance(value, str):
+            signatures.append((SPLIT_OF_PREFIX[prefix], name, value))
+        else:
+            figures.append((SPLIT_OF_PREFIX[prefix], name, value))
+    return figures, signatures
+
+
+def figures_table(figures: Iterable[tuple[str, str, float]]) -> str:
+    return table(("split", "figure", "value"), [(split, name, f"{value:.4g}") for split, name, value in figures])
+
+
+def write_card_of_run(
+    output_dir: Path,
+    path: Path,
+    plot: str | None = None,
+    variants: Sequence[Variant] = (),
+    ensemble: Path | None = None,
+) -> None:
     """Write the card of a model that run_seq2seq.py trained, from what it left in its output folder.
 
     Args:
         output_dir: of the run.
         path: of the card.
-        plot, variants: as for [`write_model_card`].
+        plot, variants, ensemble: as for [`write_model_card`].
 
     Raises:
         CardError: a file is missing or broken.
@@ -199,6 +218,7 @@ def write_card_of_run(output_dir: Path, path: Path, plot: str | None = None, var
         record=record,
         plot=plot,
         variants=variants,
+        ensemble=ensemble,
         **record["card"],
     )
 
@@ -292,6 +312,19 @@ def variants_table(results: Mapping[str, float | str], variants: Sequence[Varian
     rows = [("this model", results), *((variant.change, variant.figures) for variant in variants)]
     lines = [(change, *(f"{figures[name]:.4g}" for name in names)) for change, figures in rows]
     return "## What helps\n\n" + table(("changed", *titles), lines)
+
+
+def ensemble_section(folder: Path) -> str:
+    """The figures of an ensemble, and the commands that train its members and give them."""
+    record = read_json(folder / RUN_RECORD_NAME)
+    if "members" not in record:
+        raise CardError(f"{folder}: not made by run_seq2seq.py with --ensemble")
+    figures, _ = figures_and_signatures(read_json(folder / "all_results.json"))
+    commands = list(dict.fromkeys([*record["members"]["commands"], *record["commands"]]))
+    return (
+        f"## Ensemble\n\n{record['members']['count']} models that differ as these commands do, their probabilities "
+        "averaged:\n\n" + figures_table(figures) + "\n```bash\n" + "\n".join(commands) + "\n```\n"
+    )
 
 
 def reproduction(record: Mapping[str, Any]) -> str:

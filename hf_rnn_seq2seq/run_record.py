@@ -59,6 +59,10 @@ def write_run_record(
             "arguments": listed_arguments(args),
             "card": model_card_arguments(args),
         }
+    if args.run.ensemble is not None:
+        members = [Path(folder) / RUN_RECORD_NAME for folder in args.run.ensemble]
+        made = [json.loads(member.read_text(encoding="utf-8"))["commands"] for member in members if member.is_file()]
+        record["members"] = {"count": len(members), "commands": [command for each in made for command in each]}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

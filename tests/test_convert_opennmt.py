@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from beams import tiny_model
-from models import ragged_batch
+from models import batch_of, ragged_batch
 from plain_opennmt import SOURCE_TOKENS, TARGET_TOKENS, PlainOpennmt, make_checkpoint, plain_beam
 from safetensors.torch import save_file
 
@@ -125,6 +125,19 @@ def test_opennmt_search_in_a_batch_and_with_prompts(beams: int) -> None:
         alone = model.generate(source[row : row + 1, :length], **options)
         width = min(alone.size(1), together.size(1))
         assert torch.equal(alone[0, :width], together[row, :width])
+
+
+@pytest.mark.parametrize("name", ["opennmt_length_penalty", "joeynmt_length_penalty"])
+def test_early_stopping_is_not_read(name: str) -> None:
+    for seed in range(4):
+        model = tiny_model(seed=seed)
+        batch = batch_of(model, *ragged_batch([5, 2, 7]))
+        options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 12, name: 0.7, "return_dict_in_generate": True}
+        found = [
+            model.generate(**batch, **options, early_stopping=value).sequences for value in (False, True, "never")
+        ]
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ BEAMS: dict[str, dict[str, Any]] = {
     "short": {"num_beams": 2, "early_stopping": False, "length_penalty": -1.0},
     "no length penalty": {"num_beams": 5, "length_penalty": 0.0, "num_return_sequences": 2},
     "gnmt": {"num_beams": 3, "gnmt_length_penalty": 0.8, "num_return_sequences": 2},
+    "opennmt": {"num_beams": 4, "opennmt_length_penalty": 0.7, "num_return_sequences": 2},
+    "joeynmt": {"num_beams": 4, "joeynmt_length_penalty": 0.7, "num_return_sequences": 2},
     "coverage": {"num_beams": 3, "coverage_penalty": 0.4},
     "groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.6},
     "words": {"num_beams": 3, "force_words_ids": [[5, 6]]},
@@ -227,19 +229,24 @@ def test_rows_that_have_ended_are_not_read(read: list[int]) -> None:
     assert len(read) == max(lengths) - 1
 
 
-def test_sources_that_are_done_are_not_read(read: list[int]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"early_stopping": True}, {"opennmt_length_penalty": 0.7}, {"joeynmt_length_penalty": 0.7}],
+    ids=lambda options: next(iter(options)),
+)
+def test_sources_that_are_done_are_not_read(options: dict[str, Any], read: list[int]) -> None:
     model = tiny_model(seed=4)
     batch = batch_of(model, *ragged_batch([1, 2, 3, 4, 5, 6, 7, 8]))
     alone = []
     for row in range(8):
         read.clear()
         one = {name: value[row : row + 1] for name, value in batch.items()}
-        model.generate(**one, max_new_tokens=12, num_beams=3, early_stopping=True)
+        model.generate(**one, max_new_tokens=12, num_beams=3, **options)
         alone.append(len(read))
     assert len(set(alone)) > 3
     read.clear()
     four_times = {name: value.repeat(4, 1) for name, value in batch.items()}
-    model.generate(**four_times, max_new_tokens=12, num_beams=3, early_stopping=True)
+    model.generate(**four_times, max_new_tokens=12, num_beams=3, **options)
     for step, rows in enumerate(read, start=1):
         running = 4 * sum(steps >= step for steps in alone)
         assert 3 * running <= rows <= 3 * (running / (1 - DROPPED_PART) + 1)

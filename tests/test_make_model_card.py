@@ -13,7 +13,9 @@ import pytest
 from huggingface_hub import ModelCard
 from interrupted_run import Run
 from scripts import load_script
+from transformers import AutoTokenizer
 
+from hf_rnn_seq2seq import RnnSeq2SeqEnsemble
 from hf_rnn_seq2seq.model_card import CardError
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +44,11 @@ TRAIN = shlex.split("recipe.yaml --seed 3 --resume_from_checkpoint auto")
 PREDICT = shlex.split(
     "recipe.yaml --do_train false --do_eval false --do_predict --model_name_or_path out --num_attention_plots 1 "
     "--num_beams 2 --test_file letters/all.tsv"
+)
+ENSEMBLE = shlex.split(
+    "recipe.yaml --do_train false --do_eval --do_predict --ensemble out dot --test_file letters/all.tsv --num_beams 2 "
+    "--num_attention_plots 1 "
+    "--output_dir both"
 )
 
 
@@ -170,6 +177,26 @@ def test_table_of_variants(make, place, folder, tmp_path):
     (tmp_path / "rows.json").write_text('[{"change": "x", "figures": {"eval_wer": 1}}]')
     with pytest.raises(CardError, match="no figure in common"):
         make([str(folder), "--axes_table", str(tmp_path / "rows.json")])
+
+
+def test_an_ensemble_beside_it(make, place, folder, tmp_path):
+    run(place, ENSEMBLE)
+    make([str(place / "out"), "--ensemble", str(place / "both"), "--output", str(tmp_path / "card.md")])
+    section = re.search(r"## Ensemble\n.*?(?=\n## )", (tmp_path / "card.md").read_text("utf-8"), flags=re.DOTALL)[0]
+    results = json.loads((place / "both" / "all_results.json").read_text())
+    for split, prefix in (("validation", "eval"), ("test", "predict")):
+        for name in ("bleu", "symbol_error_rate", "loss"):
+            assert f"| {split} | {name} | {results[f'{prefix}_{name}']:.4g} |" in section
+    commands = re.search(r"```bash\n(.*?)```", section, flags=re.DOTALL)[1].splitlines()
+    flags = [shlex.split(command)[2:] for command in commands]
+    assert flags == [TRAIN[:3], PREDICT, [*TRAIN[:3], "--attention_type", "dot", "--output_dir", "dot"], ENSEMBLE]
+    model = RnnSeq2SeqEnsemble.from_pretrained([place / "out", place / "dot"])
+    tokenizer = AutoTokenizer.from_pretrained(place / "out")
+    ids = model.generate(**tokenizer(SOURCES, return_tensors="pt", padding=True), num_beams=2)
+    written = (place / "both" / "generated_predictions.txt").read_text("utf-8").splitlines()
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == written
+    with pytest.raises(CardError, match=r"out: not made by run_seq2seq\.py with --ensemble"):
+        make([str(place / "out"), "--ensemble", str(place / "out"), "--output", str(tmp_path / "card.md")])
 
 
 def test_the_script_ends_with_an_error(tmp_path):

@@ -174,7 +174,9 @@ def test_shared_vocabulary_smoothing_and_several_references(script, tmp_path):
     ("flags", "message"),
     [
         ([], "nothing to do"),
-        (["--do_eval"], "need --model_name_or_path"),
+        (["--do_eval"], "need --model_name_or_path or --ensemble"),
+        (["--do_train", "--ensemble", "a", "b"], "--ensemble is for --do_eval and --do_predict, without --do_train"),
+        (["--do_eval", "--ensemble", "a", "--model_name_or_path", "a"], "without --do_train and --model_name_or_path"),
         (["--do_train", "--bleu_tokenize", "words"], "--bleu_tokenize words: unknown; there are 13a, none"),
         (["--do_train", "--metrics", "blue"], "--metrics blue: unknown; there are sequence_error_rate"),
         (["--do_train", "--metrics", "bleu", "--metric_for_best_model", "chrf"], "there are loss, perplexity, bleu"),

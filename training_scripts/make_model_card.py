@@ -9,7 +9,8 @@ card is written, and what is missing is named; so training has to be run with
 `--do_train --do_eval --do_predict --num_attention_plots 1`. Without `--output` the card is the folder's README.md.
 
 `--variants` adds a table of what is different in other runs and their figures; `--axes_table` takes its rows from a
-file: `[{"change": "without attention", "figures": {"eval_bleu": 30.1}}, ...]`.
+file: `[{"change": "without attention", "figures": {"eval_bleu": 30.1}}, ...]`. `--ensemble` adds the figures that
+run_seq2seq.py gave with its own `--ensemble`.
 """
 
 import argparse
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="The card; by default README.md in the output folder.")
     parser.add_argument("--variants", type=Path, nargs="+", default=[], help="Output folders of runs to compare with.")
     parser.add_argument("--axes_table", type=Path, help="JSON file with further rows of the table.")
+    parser.add_argument("--ensemble", type=Path, help="Output folder of run_seq2seq.py with --ensemble.")
     args = parser.parse_args(argv)
 
     if missing := what_is_missing(args.output_dir):
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         plot = Path(shutil.copyfile(plot, path.with_name(f"{path.stem}_attention.png")))
     link = None if plot is None else plot.relative_to(path.parent).as_posix()
-    write_card_of_run(args.output_dir, path, plot=link, variants=variants)
+    write_card_of_run(args.output_dir, path, plot=link, variants=variants, ensemble=args.ensemble)
     print(path)
 
 

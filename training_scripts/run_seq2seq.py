@@ -38,7 +38,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration
+from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqEnsemble, RnnSeq2SeqForConditionalGeneration
 from hf_rnn_seq2seq.arguments import ArgumentError, ScriptArguments, parse_arguments
 from hf_rnn_seq2seq.checkpoints import (
     CheckpointError,
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         load = load_streamed_data if args.data.streaming else load_data
         data = load(args.data, wanted_splits(args))
         check_splits(args, data)
-    saved = checkpoint or run.model_name_or_path
+    saved = checkpoint or run.model_name_or_path or (run.ensemble[0] if run.ensemble else None)
     tokenizer = load_tokenizer(args, saved) if saved else new_tokenizer(args, data["train"])
     model = load_model(args, saved) if saved else new_model(args, tokenizer)
     vocab_sizes = (
@@ -214,8 +214,12 @@ def check_arguments(args: ScriptArguments) -> None:
     run, training = args.run, args.training
     if not (training.do_train or training.do_eval or training.do_predict):
         raise ArgumentError("nothing to do: give some of --do_train --do_eval --do_predict")
-    if not training.do_train and run.model_name_or_path is None:
-        raise ArgumentError("--do_eval and --do_predict without --do_train need --model_name_or_path")
+    if run.ensemble is not None and (training.do_train or run.model_name_or_path is not None):
+        raise ArgumentError(
+            "--ensemble is for --do_eval and --do_predict, without --do_train and --model_name_or_path"
+        )
+    if not training.do_train and run.model_name_or_path is None and run.ensemble is None:
+        raise ArgumentError("--do_eval and --do_predict without --do_train need --model_name_or_path or --ensemble")
     if training.resume_from_checkpoint is not None and not training.do_train:
         raise ArgumentError("--resume_from_checkpoint needs --do_train")
     if run.hp_search is not None and (not training.do_train or training.resume_from_checkpoint is not None):
@@ -392,6 +396,13 @@ def new_model(args: ScriptArguments, tokenizer: PreTrainedTokenizerBase) -> PreT
 
 
 def load_model(args: ScriptArguments, saved: str) -> PreTrainedModel:
+    if args.run.ensemble is not None:
+        if args.config:
+            say(args, "Models of an ensemble are as they were saved; flags of a configuration have no effect.")
+        try:
+            return RnnSeq2SeqEnsemble.from_pretrained(args.run.ensemble)
+        except ValueError as error:
+            raise ArgumentError(f"--ensemble {' '.join(args.run.ensemble)}: {error}") from error
     config = AutoConfig.from_pretrained(saved)
     for name, value in args.config.items():
         if name in TRAINING_ONLY:

@@ -33,6 +33,9 @@ class ConversionOptions:
     trust_pickle: bool = False
     files: Mapping[str, Path] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.files = {name: Path(path) for name, path in self.files.items()}
+
 
 @dataclass
 class Converted:

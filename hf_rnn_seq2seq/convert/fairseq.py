@@ -28,22 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from ..configuration_rnn_seq2seq import BridgeType, RnnSeq2SeqConfig
 from ..tokenization_rnn_seq2seq import RnnSeq2SeqTokenizer
 from .base import ConversionError, ConversionOptions, Converted, StandIn, check_files, read_torch
 from .state_dicts import StateDict
-from .vocabularies import (
-    SpecialTokens,
-    check_tokens,
-    make_side,
-    read_tokens,
-    sentencepiece_backend,
-    subword_nmt_backend,
-    whitespace_backend,
-)
+from .vocabularies import SpecialTokens, check_tokens, make_side, read_tokens, text_backend
 
 FILES = (
     "source_vocab", "target_vocab", "source_codes", "target_codes", "source_sentencepiece", "target_sentencepiece",
@@ -73,12 +63,14 @@ def convert(path: Path, options: ConversionOptions) -> Converted:
     dictionaries = _dictionaries(path, args, options)
     config, converted, notes = _convert_model(weights, args, dictionaries)
     weights.finish()
+    sides = [
+        make_side(text_backend(side, tokens, SPECIALS, options), SPECIALS, after=("</s>",))
+        for side, tokens in zip(("source", "target"), dictionaries, strict=True)
+    ]
     return Converted(
         config=config,
         weights=converted,
-        tokenizer=RnnSeq2SeqTokenizer(
-            *(_side(name, tokens, options) for name, tokens in zip(("source", "target"), dictionaries, strict=True))
-        ),
+        tokenizer=RnnSeq2SeqTokenizer(*sides),
         origin="fairseq 0.10 or newer" if checkpoint.get("cfg") is not None else "fairseq before 0.10",
         notes=[
             *notes,
@@ -228,17 +220,3 @@ def _convert_head(weights: StateDict, tied: bool) -> tuple[dict[str, torch.Tenso
         return {**head, "head.projection.weight": first}, []
     note = "The original's `additional_fc` is multiplied into the output layer."
     return {**head, "head.output.weight": (table.double() @ first.double()).float()}, [note]
-
-
-def _side(name: str, tokens: list[str], options: ConversionOptions) -> PreTrainedTokenizerFast:
-    codes, pieces = (options.files.get(f"{name}_{kind}") for kind in ("codes", "sentencepiece"))
-    if codes is not None and pieces is not None:
-        raise ConversionError(f"Give one of {name}_codes and {name}_sentencepiece, not both.")
-    backend: Tokenizer
-    if codes is not None:
-        backend = subword_nmt_backend(tokens, Path(codes), SPECIALS)
-    elif pieces is not None:
-        backend = sentencepiece_backend(tokens, Path(pieces), SPECIALS)
-    else:
-        backend = whitespace_backend(tokens, SPECIALS.unk)
-    return make_side(backend, SPECIALS, after=("</s>",))

@@ -40,6 +40,7 @@ from .vocabularies import (
     SpecialTokens,
     character_backend,
     check_tokens,
+    cutting_files,
     make_side,
     read_tokens,
     sentencepiece_backend,
@@ -318,7 +319,7 @@ def _side(
             f"`pretokenizer` {cutting['pretokenizer']!r} of the {side} side cannot be represented. Give a `config` "
             "without it; the model then takes text that this pretokenizer has cut."
         )
-    codes, pieces = (options.files.get(f"{side}_{kind}") for kind in ("codes", "sentencepiece"))
+    codes, pieces = cutting_files(side, options)
     level = text.get("level", "word")
     if level == "bpe" and codes is None and pieces is None:
         kind = text.get("tokenizer_type", text.get("bpe_type", "sentencepiece"))
@@ -328,15 +329,13 @@ def _side(
         named = Path(cutting[key])
         found = _existing(options, f"{side}_{name}", folder / named.name, named)
         codes, pieces = (found, None) if name == "codes" else (None, found)
-    if codes is not None and pieces is not None:
-        raise ConversionError(f"Give one of {side}_codes and {side}_sentencepiece, not both.")
     backend: Tokenizer
     if codes is not None:
-        backend = subword_nmt_backend(tokens, Path(codes), symbols.special, cutting.get("separator", "@@"))
+        backend = subword_nmt_backend(tokens, codes, symbols.special, cutting.get("separator", "@@"))
         _note_unknown_pieces(side, backend, tokens, notes)
     elif pieces is not None:
         with tempfile.TemporaryDirectory() as place:
-            backend = sentencepiece_backend(tokens, _restricted(Path(pieces), tokens, Path(place)), symbols.special)
+            backend = sentencepiece_backend(tokens, _restricted(pieces, tokens, Path(place)), symbols.special)
         _note_unknown_pieces(side, backend, tokens, notes)
     elif level == "char":
         backend = character_backend(tokens, symbols.special.unk, space=SPACE_MARK)

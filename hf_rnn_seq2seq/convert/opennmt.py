@@ -31,21 +31,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ..configuration_rnn_seq2seq import AttentionType, RnnSeq2SeqConfig
 from ..tokenization_rnn_seq2seq import RnnSeq2SeqTokenizer
 from .base import NEVER, ConversionError, ConversionOptions, Converted, StandIn, check_files, read_torch
 from .state_dicts import StateDict
-from .vocabularies import (
-    SpecialTokens,
-    check_tokens,
-    make_side,
-    sentencepiece_backend,
-    subword_nmt_backend,
-    whitespace_backend,
-)
+from .vocabularies import SpecialTokens, check_tokens, make_side, text_backend
 
 UNK, PAD, BOS, EOS = "<unk>", "<blank>", "<s>", "</s>"
 FILES = ("source_codes", "target_codes", "source_sentencepiece", "target_sentencepiece")
@@ -301,16 +293,7 @@ def _tokenizer(
         own = tokens[key]
         # The source of 1.x and 2.x has no begin and end.
         specials = SpecialTokens(pad=PAD, bos=BOS if BOS in own else None, eos=EOS if EOS in own else None, unk=UNK)
-        codes, pieces = (options.files.get(f"{name}_{kind}") for kind in ("codes", "sentencepiece"))
-        if codes is not None and pieces is not None:
-            raise ConversionError(f"Give one of {name}_codes and {name}_sentencepiece, not both.")
-        backend: Tokenizer
-        if codes is not None:
-            backend = subword_nmt_backend(own, Path(codes), specials)
-        elif pieces is not None:
-            backend = sentencepiece_backend(own, Path(pieces), specials)
-        else:
-            backend = whitespace_backend(own, UNK, spaces_only)
+        backend = text_backend(name, own, specials, options, spaces_only)
         return make_side(backend, specials, after=(EOS,) if ends else ())
 
     source, target = side("source", "src", ends=False), side("target", "tgt", ends=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from .base import ConversionError
+from .base import ConversionError, ConversionOptions
 
 END_OF_WORD = "</w>"
 
@@ -275,6 +275,29 @@ def sentencepiece_backend(tokens: Sequence[str], model: Path, specials: SpecialT
     undo = [decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else []
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE_MARK, " "), decoders.Fuse(), *undo])
     return tokenizer
+
+
+def cutting_files(side: str, options: ConversionOptions) -> tuple[Path | None, Path | None]:
+    """The user's files that cut a side's text: `{side}_codes`, of subword-nmt, or `{side}_sentencepiece`."""
+    codes, pieces = (options.files.get(f"{side}_{kind}") for kind in ("codes", "sentencepiece"))
+    if codes is not None and pieces is not None:
+        raise ConversionError(f"Give one of {side}_codes and {side}_sentencepiece, not both.")
+    return codes, pieces
+
+
+def text_backend(
+    side: str, tokens: Sequence[str], specials: SpecialTokens, options: ConversionOptions, spaces_only: bool = False
+) -> Tokenizer:
+    """
+    Text cut by the file that the user gave for this side ("source" or "target"); without one tokens stand between
+    white space, see `whitespace_backend`.
+    """
+    codes, pieces = cutting_files(side, options)
+    if codes is not None:
+        return subword_nmt_backend(tokens, codes, specials)
+    if pieces is not None:
+        return sentencepiece_backend(tokens, pieces, specials)
+    return whitespace_backend(tokens, specials.unk, spaces_only)
 
 
 def make_side(
