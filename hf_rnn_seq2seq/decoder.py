@@ -11,6 +11,7 @@ from torch import nn
 
 from .attention import PreparedMemory
 from .cache_rnn_seq2seq import DecoderState
+from .compiled_loop import Step, Tensors, scan_steps, scans
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
 from .scheduled_sampling import OwnInputs
 from .step_products import shared_by_steps
@@ -29,6 +30,7 @@ class RnnSeq2SeqDecoder(nn.Module):
         self.wiring = WIRINGS[config.wiring_type](config)
         self.output_dropout = nn.Dropout(config.output_dropout)
         self.gradient_checkpointing = False
+        self.grows = config.decoder_self_attention  # a part of the state, with every step
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
@@ -61,6 +63,9 @@ class RnnSeq2SeqDecoder(nn.Module):
         """
         x = self.embedding_dropout(x)
         at_once = mask is None and own is None and not self.wiring.sequential
+        if scans(x.size(1)) and not (at_once or self.grows or own is not None or self.gradient_checkpointing):
+            output, state = self._scan(x, state, prepared, mask)
+            return output._replace(features=self.output_dropout(output.features)), state
         steps: list[StepOutput] = []
         # With gradient checkpointing a step runs again in the backward pass, after the loop.
         with shared_by_steps(x.size(1) > 1 and not at_once and not (self.gradient_checkpointing and self.training)):
@@ -81,6 +86,24 @@ class RnnSeq2SeqDecoder(nn.Module):
                 ),
             )
         return output._replace(features=self.output_dropout(output.features)), state
+
+    def _scan(
+        self, x: torch.Tensor, state: DecoderState, prepared: PreparedMemory, mask: torch.Tensor | None
+    ) -> tuple[StepOutput, DecoderState]:
+        """The loop, as torch.compile takes it."""
+
+        def step(old: Tensors, inputs: Tensors) -> Step:
+            before = state.replace_tensors(list(old))
+            output, after = self.wiring(inputs[0].unsqueeze(1), before, prepared)
+            if len(inputs) > 1:
+                after = after.where(inputs[1], before)
+            outputs = (output.features, output.gate_input, *output.layer_outputs)
+            return after.tensors(), [output.weights.squeeze(2), *(one.squeeze(1) for one in outputs)]
+
+        last, outputs = scan_steps(step, state.tensors(), [x] if mask is None else [x, mask])
+        weights, features, gate_input, *layer_outputs = outputs
+        output = StepOutput(features, weights.transpose(1, 2), gate_input, tuple(layer_outputs))
+        return output, state.replace_tensors(last)
 
     def _run(self, x: torch.Tensor, state: DecoderState, prepared: PreparedMemory) -> tuple[StepOutput, DecoderState]:
         """The wiring, whose intermediate results are recomputed in the backward pass if asked for."""

@@ -246,8 +246,6 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
             )
 
         cache = self._check_cache(past_key_values, memory)
-        if cache is None and use_cache:
-            cache = RnnSeq2SeqCache()
         prepared, state = self._start(encoder_outputs, cache)
         mask = self._check_decoder_mask(decoder_attention_mask, decoder_inputs_embeds, cache)
         own = None
@@ -256,6 +254,9 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
             head = partial(step_scores, encoder_outputs.source_ids)
             own = OwnInputs(scheduled_sampling, head, config, decoder_inputs_embeds, decoder_input_ids, mask)
         output, state = self.decoder(decoder_inputs_embeds, state, prepared, mask, own)
+        if cache is None and use_cache:  # made here, because torch.compile forgets it within its loop
+            cache = RnnSeq2SeqCache()
+            cache.prepared(memory, lambda: prepared)
         if cache is not None:
             cache.advance(state, decoder_inputs_embeds.size(1))
 

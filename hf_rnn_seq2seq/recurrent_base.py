@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .compiled_loop import Step, Tensors, scan_steps, scans
+
 # What a cell carries from step to step, output first: (h,) or, for a cell with a memory, (h, c); each [B, H].
 State = tuple[torch.Tensor, ...]
 
@@ -133,14 +135,21 @@ class RecurrentLayer(nn.Module):
         noise = self.sample_noise(x)
         (x,) = self._cast(x)
         state = tuple(self._cast(*state))
+        inputs = [self.project(x), *([] if mask is None else [mask.unsqueeze(-1)])]  # [B, T, *], and [B, T, 1]
+
+        def step(old: Tensors, inputs: Tensors) -> Step:
+            new = self._advance(inputs[0], tuple(old), noise)
+            if len(inputs) == 1:
+                return new, new[:1]
+            new = tuple(torch.where(inputs[1], n, o) for n, o in zip(new, old, strict=True))
+            return new, (new[0] * inputs[1],)
+
+        if scans(x.size(1)):
+            last, (h,) = scan_steps(step, state, inputs)
+            return h, tuple(last)
         outputs = []
-        for t, x_t in enumerate(self.project(x).unbind(1)):
-            new = self._advance(x_t, state, noise)
-            if mask is not None:
-                token = mask[:, t].unsqueeze(1)  # [B, 1]
-                new = tuple(torch.where(token, n, o) for n, o in zip(new, state, strict=True))
-                outputs.append(new[0] * token)
-            else:
-                outputs.append(new[0])
-            state = new
+        for inputs_t in zip(*(one.unbind(1) for one in inputs), strict=True):
+            new, (h,) = step(state, inputs_t)
+            state = tuple(new)
+            outputs.append(h)
         return torch.stack(outputs, dim=1), state

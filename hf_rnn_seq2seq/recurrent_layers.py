@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from .compiled_loop import scans
 from .recurrent_base import RecurrentLayer, State
 from .step_products import linear
 
@@ -57,6 +58,8 @@ class KernelLayer(RecurrentLayer):
         raise NotImplementedError
 
     def _forward_at_once(self, x: torch.Tensor, state: State, mask: torch.Tensor | None) -> tuple[torch.Tensor, State]:
+        if scans(x.size(1)):  # torch.compile would take the kernel apart, into a copy of its equations for each step
+            return self._forward_by_steps(x, state, mask)
         x, *state_list = self._cast(x, *state)
         w_ih, w_hh, b_ih, b_hh = self._weights()
         if mask is not None:

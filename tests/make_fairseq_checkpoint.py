@@ -12,14 +12,13 @@ original's ids and scores: `greedy`, and its beam search's, `beam` (log-probabil
 divided); and `logits.pt`, its scores of the first 20 targets, [T, V] each.
 """
 
-import argparse
 import dataclasses
 import json
 import shutil
 import sys
 from pathlib import Path
 
-from parallel_text import add_arguments, read
+from parallel_text import arguments, read
 
 # What each is there for: the options of fairseq-train that make the model.
 CONFIGURATIONS = {
@@ -73,11 +72,7 @@ def train(folder: Path, configuration: str, updates: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("configuration", choices=CONFIGURATIONS)
-    parser.add_argument("--updates", type=int, default=100)
-    add_arguments(parser)
+    parser = arguments(__doc__, CONFIGURATIONS, "updates")
     options = parser.parse_args()
     folder = options.output / "work"
     folder.mkdir(parents=True)

@@ -12,13 +12,12 @@ log-probabilities: `greedy`, and its beam search's without and with its length p
 `logits.pt`, its scores of the first 20 targets, [T, V] each.
 """
 
-import argparse
 import copy
 import json
 import sys
 from pathlib import Path
 
-from parallel_text import add_arguments, read
+from parallel_text import arguments, read
 
 # What each is there for: the parts of the configuration in which it differs from the first.
 CONFIGURATIONS = {
@@ -158,11 +157,7 @@ def score(config: dict) -> tuple[list, list, list]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("configuration", choices=CONFIGURATIONS)
-    parser.add_argument("--updates", type=int, default=100)
-    add_arguments(parser)
+    parser = arguments(__doc__, CONFIGURATIONS, "updates")
     options = parser.parse_args()
     folder = options.output.absolute()
     folder.mkdir(parents=True)

@@ -12,7 +12,6 @@ beam search's (`beam_none`, `beam_avg`: by length penalty); and `logits.pt`, its
 each.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -20,7 +19,7 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
-from parallel_text import add_arguments, read
+from parallel_text import arguments, read
 
 # What each is there for: the options of train.py that make the model.
 CONFIGURATIONS = {
@@ -124,17 +123,17 @@ def score(model_path: Path, sources: list[str], targets: list[str]) -> list:
         model.decoder.init_state(ids, memory, final)
         features, attentions = model.decoder(padded(target).unsqueeze(-1), memory, src_len=lengths)
         if "copy" not in attentions:
-            logits = model.generator(features)
+            logits = list(model.generator(features))
         else:  # log-probabilities of the vocabulary's words, those that the source has with their copies
-            attention = attentions["copy"].transpose(0, 1)  # [B, T, S]
-            places = torch.eye(ids.size(1)).expand(len(source), -1, -1)
-            flat = model.generator(features.flatten(0, 1), attention.flatten(0, 1), places)
-            p, copied = flat.view(len(source), features.size(1), -1).split([len(vocabs["tgt"]), ids.size(1)], dim=-1)
-            for row, text in enumerate(sources):
+            logits, places = [], torch.eye(ids.size(1)).unsqueeze(0)
+            for text, states, attention in zip(sources, features, attentions["copy"].transpose(0, 1), strict=True):
+                # Alone: of several sentences the generator takes one's attention for another's.
+                both = model.generator(states, attention, places)
+                p, copied = both.split([len(vocabs["tgt"]), ids.size(1)], dim=-1)
                 for place, word in enumerate(text.split(" ")):
                     if vocabs["tgt"][word] != 0:
-                        p[row, :, vocabs["tgt"][word]] += copied[row, :, place]
-            logits = p.log()
+                        p[:, vocabs["tgt"][word]] += copied[:, place]
+                logits.append(p.log())
     return [rows[: len(ids)].clone() for rows, ids in zip(logits, target, strict=True)]
 
 
@@ -154,12 +153,8 @@ def loader(load: Callable[..., object]) -> Callable[..., object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("configuration", choices=CONFIGURATIONS)
-    parser.add_argument("--steps", type=int, default=100)
+    parser = arguments(__doc__, CONFIGURATIONS, "steps")
     parser.add_argument("--size", type=int, default=64, help="width of the recurrent layers")
-    add_arguments(parser)
     options = parser.parse_args()
 
     for name in ("fasttext", "spacy"):  # for filters of data that nothing here uses

@@ -2,6 +2,7 @@
 
 import argparse
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,10 +29,16 @@ def made_up(count: int, seed: int) -> tuple[list[str], list[str]]:
     return [" ".join(words) for words in sources], [" ".join(words[::-1]) for words in sources]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def arguments(description: str | None, configurations: Iterable[str], steps: str) -> argparse.ArgumentParser:
+    """What every script takes: `output`, `configuration`, the number of steps under the toolkit's name, and text."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("configuration", choices=configurations)
+    parser.add_argument(f"--{steps}", type=int, default=100)
     parser.add_argument("--test-sentences", type=int, default=50)
     for name in ("--source", "--target", "--test-source", "--test-target"):
         parser.add_argument(name, type=Path)
+    return parser
 
 
 def read(options: argparse.Namespace) -> ParallelText:

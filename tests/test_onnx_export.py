@@ -22,7 +22,7 @@ import onnx
 from exported import check_searches, covering, exported, values_of
 
 from hf_rnn_seq2seq import RnnSeq2SeqTokenizer, onnx_export
-from hf_rnn_seq2seq.onnx_export import export_onnx, export_programs, largest_error, make_sample
+from hf_rnn_seq2seq.onnx_export import export_onnx, largest_error
 from hf_rnn_seq2seq.onnx_model import RnnSeq2SeqOnnx
 from hf_rnn_seq2seq.onnx_runner import DECODER, ENCODER, file_name
 from hf_rnn_seq2seq.tokenizer_training import train_tokenizer
@@ -148,8 +148,6 @@ def test_a_graph_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest
 def test_unknown_precision_and_missing_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`precisions` may hold float32, int8, got 'int4'"):
         export_onnx(tiny_model(), tmp_path, precisions=("int4",))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"`max_source_positions`=2: .* at least 3"):
-        export_programs(tiny_model(encoder_type="conv", max_source_positions=2))
     with pytest.raises(FileNotFoundError, match=r"has no encoder_model_int8.onnx: export the model with 'int8'"):
         RnnSeq2SeqOnnx.from_pretrained(exported()[1], "int8")
 
@@ -178,31 +176,3 @@ def test_script_with_weights_in_files_of_their_own(
     assert torch.equal(found.generate(source, attention_mask=mask), model.generate(source, attention_mask=mask))
     with pytest.raises(SystemExit, match="nowhere"):
         load_script("export_onnx").main([str(tmp_path / "nowhere"), str(tmp_path / "onnx")])
-
-
-# torch.export
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"cell_type": "gru", "encoder_layers": 1},
-        {"attention_type": "dot", "decoder_self_attention": True, "attention_normalizer": "sparsemax"},
-        {"encoder_type": "pyramidal", "encoder_layers": 2, "cell_type": "ssru", "attention_type": "monotonic"},
-        {"encoder_type": "conv", "encoder_layers": 1, "head_type": "pointer_generator"},
-    ],
-    ids=name_of,
-)
-def test_programs_of_torch_export(setting: dict[str, Any]) -> None:
-    model = tiny_model(**setting).float()
-    programs = export_programs(model)
-    encoder, step = programs.encoder.program.module(), programs.step.program.module()
-    for batch, length, past, side in ((2, 11, 2, "left"), (5, 6, 4, "right")):
-        sample = make_sample(model, batch, length, past, side)
-        source, token = sample.inputs()
-        wanted = sample.run(model)
-        for found, want in ((encoder(*source), wanted[0]), (step(*token), wanted[1])):
-            torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
-    names = list(programs.step.inputs)
-    assert names[0] == "input_ids"
-    assert programs.step.inputs["memory_mask"][0] == "batch"

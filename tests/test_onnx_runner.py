@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from models import tiny_model
+from scripts import load_script
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -207,3 +208,24 @@ def test_largest_and_log_softmax() -> None:
     assert largest(x, 9)[1].shape == (2, 5)
     log_p = log_softmax(np.float32([[1e4, 0.0, 1e4]]))
     np.testing.assert_allclose(log_p, [[-np.log(2), -1e4 - np.log(2), -np.log(2)]], rtol=1e-6)
+
+
+def test_benchmark_times_all_who_take_part(words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer, folder = words
+    for one in (model, tokenizer):
+        one.save_pretrained(tmp_path / "saved")
+    (tmp_path / "words.txt").write_text("abc\n\nba\nc\n", encoding="utf-8")
+    sizes = ["--batch_sizes", "1", "2", "--num_beams", "2", "--rounds", "2", "--threads", str(torch.get_num_threads())]
+    command = [str(tmp_path / "saved"), str(folder), str(tmp_path / "words.txt"), *sizes]
+    main = load_script("benchmark_onnx").main
+    main([*command, "--lines", "3", "--output", str(tmp_path / "times.json")])
+    records = json.loads((tmp_path / "times.json").read_text())["records"]
+    contestants = ["pytorch", "generate, float32", "runner, float32"]
+    assert [(one["batch_size"], one["contestant"]) for one in records] == [(n, c) for n in (1, 2) for c in contestants]
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(records)
+    for one in records:
+        assert len(one["seconds"]) == 2
+        assert one["milliseconds_per_line"] > 0
+        assert (one["speed_ratio"] == 1) == (one["contestant"] == "pytorch")
+    with pytest.raises(SystemExit, match="has 3 lines, too few"):
+        main([*command, "--lines", "4"])

@@ -4,13 +4,14 @@
         --output benchmark.json
 
 The folder of the export must hold the same model; a precision that is not in it is left out. Each measurement
-generates for the same lines with the same search: PyTorch by generate(), ONNX Runtime under generate()
-(`RnnSeq2SeqOnnx`) and by the runner without torch (`RnnSeq2SeqRunner`), one after the other, over and over in one
-process, so that what else the machine does comes to all alike. Times are of the process (all threads), in
-milliseconds a line; ratios are medians of the rounds' own.
+generates for the same lines with the same search: PyTorch by generate() inside `model.packed()`, ONNX Runtime under
+generate() (`RnnSeq2SeqOnnx`) and by the runner without torch (`RnnSeq2SeqRunner`), one after the other, over and over
+in one process, so that what else the machine does comes to all alike. Times are of the process (all threads), texts to
+texts, in milliseconds a line; ratios are medians of the rounds' own.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -18,36 +19,49 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationMixin, PreTrainedTokenizerBase
 
 import hf_rnn_seq2seq  # noqa: F401  # registers the model with the Auto classes
 from hf_rnn_seq2seq.onnx_model import RnnSeq2SeqOnnx
 from hf_rnn_seq2seq.onnx_runner import ENCODER, PRECISIONS, RnnSeq2SeqRunner, file_name
 
 
-def measure(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def generate(
+    model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, batches: list[list[str]], num_beams: int
+) -> None:
+    for batch in batches:
+        inputs = tokenizer(batch, padding=True, return_tensors="pt")
+        tokenizer.batch_decode(model.generate(**inputs, num_beams=num_beams), skip_special_tokens=True)
+
+
+def run(runner: RnnSeq2SeqRunner, batches: list[list[str]], num_beams: int) -> None:
+    for batch in batches:
+        runner(batch, num_beams=num_beams)
+
+
+def measure(contestants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     """Process time of every round of every contestant, in seconds, after one round that does not count."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for index in range(rounds + 1):
-        for name, run in contestants.items():
+        for name, contestant in contestants.items():
             start = time.process_time()
-            run()
+            contestant()
             if index:
                 times[name].append(time.process_time() - start)
     return times
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("model_name_or_path")
     parser.add_argument("onnx_folder", type=Path)
     parser.add_argument("text_file", type=Path, help="Sources, a line each.")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--num_beams", type=int, nargs="+", default=[1, 4])
-    parser.add_argument(
-        "--lines", type=int, default=64, help="How many lines of the file, of a batch's size at least."
-    )
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--num_beams", type=int, nargs="+", default=[1, 5])
+    parser.add_argument("--lines", type=int, default=24, help="The file's first, but a whole batch at least.")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="For each of the two libraries.")
     parser.add_argument("--output", type=Path, help="All times as JSON.")
     args = parser.parse_args(argv)
@@ -66,28 +80,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("batch  beams  contestant              ms a line  times PyTorch's speed")
     for batch_size in args.batch_sizes:
         batches = [lines[i : i + batch_size] for i in range(0, max(args.lines, batch_size), batch_size)]
+        count = sum(map(len, batches))
         for num_beams in args.num_beams:
-
-            def generate(any_model: object, batches: list[list[str]] = batches, beams: int = num_beams) -> None:
-                for batch in batches:
-                    inputs = tokenizer(batch, padding=True, return_tensors="pt")
-                    ids = any_model.generate(**inputs, num_beams=beams)  # type: ignore[attr-defined]  # both have it
-                    tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-            def run(runner: RnnSeq2SeqRunner, batches: list[list[str]] = batches, beams: int = num_beams) -> None:
-                for batch in batches:
-                    runner(batch, num_beams=beams)
-
-            contestants: dict[str, Callable[[], object]] = {"pytorch": lambda: generate(model)}
+            contestants = {"pytorch": functools.partial(generate, model, tokenizer, batches, num_beams)}
             for name in found:
-                contestants[f"generate, {name}"] = lambda name=name: generate(exported[name])
-                contestants[f"runner, {name}"] = lambda name=name: run(runners[name])
-            times = measure(contestants, args.rounds)
-            count = sum(map(len, batches))
+                contestants[f"generate, {name}"] = functools.partial(
+                    generate, exported[name], tokenizer, batches, num_beams
+                )
+                contestants[f"runner, {name}"] = functools.partial(run, runners[name], batches, num_beams)
+            with model.packed():
+                times = measure(contestants, args.rounds)
             for contestant, seconds in times.items():
                 each = statistics.median(seconds) / count * 1000
                 ratio = statistics.median(a / b for a, b in zip(times["pytorch"], seconds, strict=True))
-                print(f"{batch_size:5}  {num_beams:5}  {contestant:22}  {each:9.2f}  {ratio:9.2f}")
+                print(f"{batch_size:5}  {num_beams:5}  {contestant:22}  {each:9.2f}  {ratio:9.2f}", flush=True)
                 records.append(
                     {
                         "batch_size": batch_size,
