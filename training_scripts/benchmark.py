@@ -19,7 +19,8 @@ decode: a model that OpenNMT-py has trained, and the same converted to ours: the
 --model, one of ours in several precisions. Sentences a second from text to text, and the share of sentences for which
 the output is the first one's; with --target how good they are.
 
-scaling: time of an update over source length, target length, batch, width and vocabulary, one at a time, and a plot.
+scaling: time of an update over source length, target length, batch, width and vocabulary, one at a time, with additive
+attention and input feeding, and a plot.
 """
 
 import argparse
@@ -31,7 +32,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,11 @@ def config(options: argparse.Namespace, **overrides: Any) -> dict[str, Any]:
     )
 
 
+def sizes_of(options: argparse.Namespace) -> dict[str, int]:
+    """A peer's."""
+    return {name: getattr(options, name) for name in ("source_vocab", "target_vocab", "hidden", "embedding")}
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, bf16": {"bf16": True},
@@ -159,12 +165,7 @@ def train(options: argparse.Namespace) -> list[dict[str, Any]]:
     ours, others = Worker(sys.executable, "our", options.threads), peers(options)
     batches = captions(options.updates, options.batch_size, options.source_vocab, options.target_vocab)
     tokens = sum(len(row) + 1 for batch in batches for row in batch["target"])
-    sizes = {
-        "source_vocab": options.source_vocab,
-        "target_vocab": options.target_vocab,
-        "hidden": options.hidden,
-        "embedding": options.embedding,
-    }
+    sizes = sizes_of(options)
 
     def speed(worker: Worker, name: str, precision: str) -> float:
         return tokens / worker.train(name=name, batches=batches, precision=precision)
@@ -256,24 +257,29 @@ SCALES = {
 
 
 def scaling(options: argparse.Namespace) -> list[dict[str, Any]]:
-    ours = Worker(sys.executable, "our", options.threads)
+    ours, others = Worker(sys.executable, "our", options.threads), peers(options)
     draw = random.Random(0)
     middle = {"source length": 20, "target length": 20, "batch": 16, "width": 256, "vocabulary": 4_000}
     rows = []
     for axis, value in ((axis, value) for axis, values in SCALES.items() for value in values):
         at = middle | {axis: value}
-        widths = {"hidden_size": at["width"], "embedding_size": at["width"] // 2}
-        sizes = {"vocab_size": at["vocabulary"], "source_vocab_size": 4_000}
-        ours.make(name="model", **config(options, attention_type="additive", **widths, **sizes))
+        options.hidden, options.embedding = at["width"], at["width"] // 2
+        options.source_vocab, options.target_vocab = 4_000, at["vocabulary"]
+        ours.make(name="model", **config(options, attention_type="additive"))
+        for worker in others.values():
+            worker.make(name="model", attention="additive", **sizes_of(options))
         lengths = {"source": (at["source length"], 4_000), "target": (at["target length"] - 1, at["vocabulary"])}
         batch = {
             side: [[draw.randrange(4, size) for _ in range(length)] for _ in range(at["batch"])]
             for side, (length, size) in lengths.items()
         }
-        update = partial(ours.train, name="model", batches=[batch] * 3, precision="highest")
-        seconds = statistics.median(rounds({"ours": update}, 3)["ours"]) / 3
+        updates = {"name": "model", "batches": [batch] * 3, "precision": "highest"}
+        workers = {"ours": ours, **{PEERS[toolkit]: worker for toolkit, worker in others.items()}}
+        measured = rounds({name: partial(worker.train, **updates) for name, worker in workers.items()}, 3)
+        seconds = {name: statistics.median(figures) / 3 for name, figures in measured.items()}
         rows.append({"axis": axis, "value": value, "seconds": seconds})
-        print(f"{axis:14} {value:7}  {seconds * 1e3:9.1f} ms an update")
+        figures = "  ".join(f"{name} {one * 1e3:8.1f}" for name, one in seconds.items())
+        print(f"{axis:14} {value:7}  ms an update: {figures}", flush=True)
     return rows
 
 
@@ -285,11 +291,16 @@ def plot_scaling(rows: Iterable[dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(SCALES), figsize=(3 * len(SCALES), 3), sharey=True, layout="constrained")
     for axis, name in zip(axes, SCALES, strict=True):
-        points = [(row["value"], row["seconds"] * 1e3) for row in rows if row["axis"] == name]
-        axis.loglog(*zip(*points, strict=True), marker="o")
+        points = [(row["value"], row["seconds"]) for row in rows if row["axis"] == name]
+        for contestant in points[0][1]:
+            milliseconds = [seconds[contestant] * 1e3 for _, seconds in points]
+            axis.loglog([value for value, _ in points], milliseconds, marker="o", label=contestant)
+        axis.set_xticks([value for value, _ in points], [f"{value:,}" for value, _ in points], fontsize="small")
+        axis.minorticks_off()
         axis.set_xlabel(name)
         axis.grid(which="both", alpha=0.3)
     axes[0].set_ylabel("ms an update")
+    axes[0].legend()
     figure.savefig(path)
 
 
@@ -305,7 +316,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
     return {"cpu": cpu, "threads": options.threads, **versions}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "decode", "scaling"))
     parser.add_argument("--opennmt_python", help="a Python that has OpenNMT-py 3")
@@ -327,7 +338,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--embedding", type=int, default=256)
     parser.add_argument("--output", type=Path, help="a JSON file; scaling also puts a plot beside it")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     rows = {"train": train, "decode": decode, "scaling": scaling}[options.what](options)
     if options.output is not None:
         record = {"machine": machine(options), "what": options.what, "rows": rows}

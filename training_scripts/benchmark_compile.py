@@ -19,7 +19,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def timed(work: Callable[[], None], device: str, clock: Callable[[], float]) -> 
     return clock() - start
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--wirings", nargs="+", default=["output_only", "input_feeding"])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     device, rows, length = options.device, options.batch_size, options.length
     torch.set_num_threads(options.threads)
     torch._inductor.config.force_disable_caches = True

@@ -1,0 +1,78 @@
+"""The benchmarks run, and print and save a figure for all who take part. No speed is tested."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import tiny_model
+from scripts import load_script
+
+from hf_rnn_seq2seq import RnnSeq2SeqTokenizer
+from hf_rnn_seq2seq.tokenizer_training import train_tokenizer
+
+SMALL = ["--hidden", "8", "--embedding", "4", "--source_vocab", "20", "--target_vocab", "20", "--threads", "1"]
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    record = json.loads(path.read_text())
+    assert record["machine"]["threads"] == 1
+    return record["rows"]
+
+
+def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", *SMALL, "--updates", "1", "--rounds", "1", "--batch_size", "2", "--attention", "general"]
+    load_script("benchmark").main([*command, "--output", str(tmp_path / "train.json")])
+    rows = rows_of(tmp_path / "train.json")
+    names = [row["name"] for row in rows]
+    assert names[0] == "ours"
+    assert names[-2:] == ["products alone, highest", "products alone, medium"]
+    assert all(row["median"] > 0 for row in rows)
+    printed = capsys.readouterr().out
+    assert all(name.replace("products", "matrix products") in printed for name in names)
+    assert "OpenNMT-py: left out, no --opennmt_python" in printed
+
+
+def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load_script("benchmark")
+    monkeypatch.setattr(script, "SCALES", {"source length": (2, 4), "width": (4, 8), "vocabulary": (20, 40)})
+    script.main(["scaling", *SMALL, "--output", str(tmp_path / "scaling.json")])
+    rows = rows_of(tmp_path / "scaling.json")
+    assert [(row["axis"], row["value"]) for row in rows] == [
+        ("source length", 2), ("source length", 4), ("width", 4), ("width", 8), ("vocabulary", 20), ("vocabulary", 40),
+    ]  # fmt: skip
+    assert all(row["seconds"]["ours"] > 0 for row in rows)
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_decoding_in_every_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = RnnSeq2SeqTokenizer(train_tokenizer(["abc"], "char"), train_tokenizer(["x y z"], "symbols"))
+    model = tiny_model(source_vocab_size=tokenizer.source_vocab_size, vocab_size=len(tokenizer)).float()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    (tmp_path / "source").write_text("abc\nb\nca\n", encoding="utf-8")
+    (tmp_path / "target").write_text("x y z\ny\nz x\n", encoding="utf-8")
+    files = [f"--{name}={tmp_path / name}" for name in ("model", "source", "target")]
+    command = ["decode", *files, "--threads", "1", "--rounds", "1", f"--output={tmp_path / 'decode.json'}"]
+    main = load_script("benchmark").main
+    main(command)
+    rows = rows_of(tmp_path / "decode.json")
+    assert [(row["batch_size"], row["beams"]) for row in rows[::4]] == [(1, 1), (1, 5), (64, 1), (64, 5)]
+    assert {row["name"] for row in rows} == {"ours", "ours, packed", "ours, bf16, packed", "ours, int8"}
+    assert all(row["same_output"] == 1 for row in rows if "bf16" not in row["name"] and "int8" not in row["name"])
+    assert "BLEU" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="decode needs --source, and either --model or"):
+        main(["decode", *files, "--opennmt_model", "model.pt", "--opennmt_python", sys.executable])
+
+
+@pytest.mark.slow
+def test_compiling(tmp_path: Path) -> None:
+    sizes = ["--batch_size", "2", "--length", "5", "--vocab", "50", "--width", "16", "--rounds", "2"]
+    command = [*sizes, "--wirings", "output_only", "--output", str(tmp_path / "compile.json")]
+    load_script("benchmark_compile").main(command)
+    figures = json.loads((tmp_path / "compile.json").read_text())["figures"]
+    assert set(figures) == {"output_only training", "output_only decoding"}
+    training = figures["output_only training"]
+    assert [training[f"step_{index}_graphs"] for index in range(3)] == [1, 2, 2]
+    assert training["ratio"] > 0
