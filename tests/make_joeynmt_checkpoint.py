@@ -137,7 +137,7 @@ def score(config: dict) -> tuple[list, list, list]:
     from joeynmt.prediction import prepare
 
     model, _, _, data = prepare(parse_global_args(config, rank=0, mode="test"), rank=0, mode="test")
-    model.eval()
+    model.eval().double()  # so that float32's rounding, which is as large as 1e-5, is not compared
     ids = []
     for lang, vocabulary, bos in (("src", model.src_vocab, False), ("tgt", model.trg_vocab, True)):
         rows = data.get_list(lang=lang, tokenized=True)

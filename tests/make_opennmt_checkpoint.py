@@ -8,8 +8,8 @@ Runs in an environment that has OpenNMT-py, not in this project's:
 
 Without files the task is to write sentences of made-up words backwards. In OUTPUT there will be `model.pt` as
 OpenNMT-py saves it; `outputs.json` with the test's `sources` and `targets`, the original's `greedy` output and its
-beam search's (`beam_none`, `beam_avg`: by length penalty); and `logits.pt`, its scores of the first 20 targets, [T, V]
-each.
+beam search's (`beam_none`, `beam_avg`: by length penalty); and `logits.pt`, its scores of the first 20 targets in
+float64, [T, V] each.
 """
 
 import json
@@ -109,6 +109,7 @@ def score(model_path: Path, sources: list[str], targets: list[str]) -> list:
 
     parsed = onmt_translate._get_parser().parse_args(["-model", str(model_path), "-src", "unused"])
     vocabs, model, _ = load_test_model(parsed)
+    model.double()  # a copying generator's 1 - p loses digits in float32 where p is near 1
     source = [vocabs["src"](text.split(" ")) for text in sources]
     target = [vocabs["tgt"](["<s>", *text.split(" ")]) for text in targets]
     lengths = torch.tensor([len(ids) for ids in source])
@@ -125,7 +126,7 @@ def score(model_path: Path, sources: list[str], targets: list[str]) -> list:
         if "copy" not in attentions:
             logits = list(model.generator(features))
         else:  # log-probabilities of the vocabulary's words, those that the source has with their copies
-            logits, places = [], torch.eye(ids.size(1)).unsqueeze(0)
+            logits, places = [], torch.eye(ids.size(1), dtype=features.dtype).unsqueeze(0)
             for text, states, attention in zip(sources, features, attentions["copy"].transpose(0, 1), strict=True):
                 # Alone: of several sentences the generator takes one's attention for another's.
                 both = model.generator(states, attention, places)

@@ -336,10 +336,12 @@ def test_against_the_original(name: str, tmp_path: Path) -> None:
     assert tokenizer(outputs["sources"])["input_ids"] == outputs["source_ids"]
     assert tokenizer(text_target=outputs["targets"])["input_ids"] == [row[1:] for row in outputs["target_ids"]]
     scored = torch.load(folder / "logits.pt")
+    model.double()
     for source, target, logits in zip(outputs["source_ids"], outputs["target_ids"], scored, strict=False):
         with torch.no_grad():
             found = model(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([target[:-1]])).logits[0]
         torch.testing.assert_close(found[:, : logits.size(1)], logits, rtol=0, atol=1e-5)
+    model.float()
     batch = tokenizer.pad({"input_ids": outputs["source_ids"]}, return_tensors="pt")
     words = (folder / "model" / "trg_vocab.txt").read_text(encoding="utf-8").split("\n")
     for key, options in (("greedy", {"num_beams": 1}), ("beam", {"joeynmt_length_penalty": 0.0}), ("beam_alpha", {})):
