@@ -42,6 +42,8 @@ class BeamSearchOptions:
             of transformers', see `OpennmtSearch`; `early_stopping` is then not read. It excludes the other options.
         joeynmt_length_penalty: JoeyNMT's `beam_alpha` (0: none), with its beam search in place of transformers', see
             `JoeynmtSearch`; the same goes for it.
+        yoyodyne_beam_search: True for Yoyodyne's, in which finished hypotheses take beams' places, see
+            `YoyodyneSearch`; the same goes for it.
 
     `early_stopping="never"` ends the search when no running hypothesis can come before the worst finished one any
     more: each is taken to lose no more probability, to reach the length that favours it most, and to cover everything.
@@ -58,6 +60,7 @@ class BeamSearchOptions:
     force_words_ids_by_row: list[ForceWordsIds] | None = None
     opennmt_length_penalty: float | None = None
     joeynmt_length_penalty: float | None = None
+    yoyodyne_beam_search: bool | None = None
 
     @property
     def has_penalties(self) -> bool:
@@ -74,11 +77,18 @@ class BeamSearchOptions:
     @property
     def toolkits(self) -> list[str]:
         """Which options that stand for another toolkit's whole search are given."""
-        return [name for name in TOOLKITS if getattr(self, name) is not None]
+        return [name for name in TOOLKITS if getattr(self, name) is not None and getattr(self, name) is not False]
 
 
 OPTIONS = tuple(field.name for field in fields(BeamSearchOptions))
-TOOLKITS = ("opennmt_length_penalty", "joeynmt_length_penalty")
+TOOLKITS = ("opennmt_length_penalty", "joeynmt_length_penalty", "yoyodyne_beam_search")
+NUMBERS = (
+    "gnmt_length_penalty",
+    "coverage_penalty",
+    "diversity_penalty",
+    "opennmt_length_penalty",
+    "joeynmt_length_penalty",
+)
 
 
 @functools.cache
@@ -118,12 +128,14 @@ def take_options(
 def _check_options(options: BeamSearchOptions, config: GenerationConfig, arguments: Mapping[str, Any]) -> None:
     if config.constraints is not None:
         raise ValueError("`constraints` needs classes that transformers 5 no longer has: use `force_words_ids`.")
-    for name in ("gnmt_length_penalty", "coverage_penalty", "diversity_penalty", *TOOLKITS):
+    for name in NUMBERS:
         value = getattr(options, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"`{name}` must be a number, got {value!r}.")
+    if options.yoyodyne_beam_search not in (None, True, False):
+        raise ValueError(f"`yoyodyne_beam_search` must be True or False, got {options.yoyodyne_beam_search!r}.")
     if config.num_beams == 1:
-        off = {"num_beam_groups": 1, "diversity_penalty": 0, "coverage_penalty": 0}
+        off = {"num_beam_groups": 1, "diversity_penalty": 0, "coverage_penalty": 0, "yoyodyne_beam_search": False}
         wanted = [name for name in OPTIONS if arguments.get(name) not in (None, off.get(name))]
         if options.has_words and not wanted:
             wanted = ["force_words_ids"]

@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 from .beam_options import BeamSearchOptions, ForceWordsIds, forms_of
 from .fast_generation import is_covered, search_beams
 from .search_base import NEVER, Search
-from .toolkit_search import JoeynmtSearch, OpennmtSearch
+from .toolkit_search import JoeynmtSearch, OpennmtSearch, YoyodyneSearch
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ def beam_search(
         DynamicBeamAllocation: options.has_words,
         OpennmtSearch: options.opennmt_length_penalty is not None,
         JoeynmtSearch: options.joeynmt_length_penalty is not None,
+        YoyodyneSearch: bool(options.yoyodyne_beam_search),
     }
     view_class = _view_class(cast(Any, type(model)), tuple(search for search, wanted in chosen.items() if wanted))
     view = object.__new__(view_class)  # not through __new__ of a sharded model's class, which makes another class

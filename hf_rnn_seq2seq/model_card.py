@@ -320,6 +320,8 @@ def ensemble_section(folder: Path) -> str:
     if "members" not in record:
         raise CardError(f"{folder}: not made by run_seq2seq.py with --ensemble")
     figures, _ = figures_and_signatures(read_json(folder / "all_results.json"))
+    # Its loss is that of averaged probabilities, another function than a member's loss may be.
+    figures = [figure for figure in figures if figure[1] != "loss"]
     commands = list(dict.fromkeys([*record["members"]["commands"], *record["commands"]]))
     return (
         f"## Ensemble\n\n{record['members']['count']} models that differ as these commands do, their probabilities "

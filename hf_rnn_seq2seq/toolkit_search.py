@@ -1,4 +1,4 @@
-"""The beam searches of OpenNMT-py and JoeyNMT on transformers' loop, for models that come from there."""
+"""The beam searches of OpenNMT-py, JoeyNMT and Yoyodyne on transformers' loop, for models that come from there."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from .search_base import NEVER, Search
 
 class ToolkitSearch(Search):
     """
-    What both have in common. B sources, N beams, K candidates a source.
+    What OpenNMT-py's and JoeyNMT's have in common. B sources, N beams, K candidates a source.
 
     Of a step's candidates the N best alone count: in the next step there may be fewer beams to go on from
     (transformers goes on from the N best that do not end). A source's search is over when `_is_over`.
@@ -100,3 +100,49 @@ class JoeynmtSearch(ToolkitSearch):
         earlier = torch.isin(before, self._eos_ids).any(-1)
         self._ended = self._ended | ends[:, : arguments["num_beams"]]
         return super()._update_finished_beams(**{**arguments, "next_token_hits_stopping_criteria": ends & ~earlier})
+
+
+class YoyodyneSearch(Search):
+    """
+    Beam search as Yoyodyne does it (`yoyodyne.models.beam_search`, 0.5). B sources, N beams, K candidates a source.
+
+    A finished hypothesis stays among the N, until N better ones push it out, for good: it takes a beam's place
+    (transformers goes on from N others, and keeps N finished ones besides). Scores are log P. A source's search is
+    over when all N are finished.
+    """
+
+    _finished: torch.Tensor  # log P of the finished among the N, `NEVER` in the other places, [B, N]
+    _stays: torch.Tensor  # which candidates of a step are among the N, [B, K]
+    _worst: torch.Tensor  # log P of the worst of the N, [B, 1]
+    _goes_on: torch.Tensor  # whether one of them is not finished, [B, 1]
+
+    def start_search(
+        self, options: BeamSearchOptions, generation_config: GenerationConfig, device: torch.device
+    ) -> None:
+        super().start_search(options, generation_config, device)
+        self._finished = torch.full((1, generation_config.num_beams), NEVER, device=device)
+        generation_config.early_stopping = False  # it has no such option
+
+    def _select_sources(self, rows: torch.Tensor) -> None:
+        self._finished = self._finished[rows]
+
+    def _get_running_beams_for_next_iteration(self, **arguments: Any) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        scores = arguments["topk_log_probs"]  # [B, K], best first
+        finished = self._finished.expand(len(scores), -1)
+        self._worst = torch.cat((finished, scores), dim=1).topk(arguments["num_beams"]).values[:, -1:]
+        self._stays = scores >= self._worst
+        real = self._stays & (scores > NEVER / 2)
+        self._goes_on = (real & ~arguments["next_token_hits_stopping_criteria"]).any(1, keepdim=True)
+        arguments["topk_log_probs"] = scores.masked_fill(~self._stays, NEVER)
+        return super()._get_running_beams_for_next_iteration(**arguments)
+
+    def _update_finished_beams(self, **arguments: Any) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        scores = arguments["beam_scores"]
+        arguments["beam_scores"] = scores.masked_fill(scores < self._worst, NEVER)
+        arguments["next_token_hits_stopping_criteria"] = arguments["next_token_hits_stopping_criteria"] & self._stays
+        updated = super()._update_finished_beams(**{**arguments, "length_penalty": 0.0})
+        self._finished = updated[1]
+        return updated
+
+    def _check_early_stop_heuristic(self, **arguments: Any) -> torch.Tensor:  # type: ignore[override]
+        return arguments["is_early_stop_heuristic_unsatisfied"] & self._goes_on

@@ -127,12 +127,14 @@ def test_opennmt_search_in_a_batch_and_with_prompts(beams: int) -> None:
         assert torch.equal(alone[0, :width], together[row, :width])
 
 
-@pytest.mark.parametrize("name", ["opennmt_length_penalty", "joeynmt_length_penalty"])
-def test_early_stopping_is_not_read(name: str) -> None:
+@pytest.mark.parametrize(
+    "search", [{"opennmt_length_penalty": 0.7}, {"joeynmt_length_penalty": 0.7}, {"yoyodyne_beam_search": True}]
+)
+def test_early_stopping_is_not_read(search: dict[str, Any]) -> None:
     for seed in range(4):
         model = tiny_model(seed=seed)
         batch = batch_of(model, *ragged_batch([5, 2, 7]))
-        options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 12, name: 0.7, "return_dict_in_generate": True}
+        options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 12, **search, "return_dict_in_generate": True}
         found = [
             model.generate(**batch, **options, early_stopping=value).sequences for value in (False, True, "never")
         ]
@@ -148,6 +150,16 @@ def test_opennmt_search_excludes_other_options(other: dict[str, Any]) -> None:
     source, mask = ragged_batch([3])
     with pytest.raises(ValueError, match=r"`opennmt_length_penalty`=1\.0 excludes"):
         tiny_model().generate(source, attention_mask=mask, num_beams=2, opennmt_length_penalty=1.0, **other)
+
+
+def test_yoyodyne_search_is_on_or_off() -> None:
+    source, mask = ragged_batch([3])
+    with pytest.raises(ValueError, match=r"`yoyodyne_beam_search` must be True or False, got 0\.5"):
+        tiny_model().generate(source, attention_mask=mask, num_beams=2, yoyodyne_beam_search=0.5)
+    with pytest.raises(ValueError, match=r"`yoyodyne_beam_search`=True excludes"):
+        tiny_model().generate(source, attention_mask=mask, num_beams=2, yoyodyne_beam_search=True, length_penalty=0.5)
+    with pytest.raises(ValueError, match="`yoyodyne_beam_search` needs beams"):
+        tiny_model().generate(source, attention_mask=mask, yoyodyne_beam_search=True)
 
 
 def test_opennmt_search_wants_a_number() -> None:

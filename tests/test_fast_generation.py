@@ -30,6 +30,7 @@ BEAMS: dict[str, dict[str, Any]] = {
     "gnmt": {"num_beams": 3, "gnmt_length_penalty": 0.8, "num_return_sequences": 2},
     "opennmt": {"num_beams": 4, "opennmt_length_penalty": 0.7, "num_return_sequences": 2},
     "joeynmt": {"num_beams": 4, "joeynmt_length_penalty": 0.7, "num_return_sequences": 2},
+    "yoyodyne": {"num_beams": 4, "yoyodyne_beam_search": True, "num_return_sequences": 2},
     "coverage": {"num_beams": 3, "coverage_penalty": 0.4},
     "groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.6},
     "words": {"num_beams": 3, "force_words_ids": [[5, 6]]},
@@ -231,7 +232,12 @@ def test_rows_that_have_ended_are_not_read(read: list[int]) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"early_stopping": True}, {"opennmt_length_penalty": 0.7}, {"joeynmt_length_penalty": 0.7}],
+    [
+        {"early_stopping": True},
+        {"opennmt_length_penalty": 0.7},
+        {"joeynmt_length_penalty": 0.7},
+        {"yoyodyne_beam_search": True},
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_sources_that_are_done_are_not_read(options: dict[str, Any], read: list[int]) -> None:

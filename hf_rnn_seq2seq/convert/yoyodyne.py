@@ -302,7 +302,12 @@ def convert(path: Path, options: ConversionOptions) -> Converted:
     said = "as its configuration says" if "config" in options.files else "as its symbols suggest"
     notes = [
         f"Text is read, {said}, {source_note}, and {target_note}.",
-        "Yoyodyne decodes greedily unless told otherwise; its beam search is that with `length_penalty=0.0`.",
+        "Yoyodyne decodes greedily unless told otherwise; with `num_beams` this model searches as it does with beams "
+        "(`yoyodyne_beam_search`).",
     ]
-    generation = {"max_new_tokens": int(hyperparameters.get("max_target_length", 128))}
+    generation = {
+        "max_new_tokens": int(hyperparameters.get("max_target_length", 128)),
+        "num_beams": int(hyperparameters.get("beam_width", 1)),
+        "yoyodyne_beam_search": True,
+    }
     return Converted(config, weights, tokenizer, "Yoyodyne", notes, generation)
