@@ -254,12 +254,11 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
             head = partial(step_scores, encoder_outputs.source_ids)
             own = OwnInputs(scheduled_sampling, head, config, decoder_inputs_embeds, decoder_input_ids, mask)
         output, state = self.decoder(decoder_inputs_embeds, state, prepared, mask, own)
-        if cache is None and use_cache:  # made here, because torch.compile forgets it within its loop
-            cache = RnnSeq2SeqCache()
-            cache.prepared(memory, lambda: prepared)
         if cache is not None:
             cache.advance(state, decoder_inputs_embeds.size(1))
-
+        elif use_cache:  # made only now, because torch.compile's loop forgets what was made before it
+            cache = RnnSeq2SeqCache(state, decoder_inputs_embeds.size(1))
+            cache.prepared(memory, lambda: prepared)
         heads = self.decoder.wiring.attention.num_heads
         return RnnSeq2SeqModelOutput(
             last_hidden_state=output.features,
