@@ -11,7 +11,7 @@ CLOSE = {"atol": 1e-9, "rtol": 1e-7}
 SETTINGS = [
     {"wiring_type": "input_feeding", "attention_type": "additive", "encoder_layers": 1},
     {"wiring_type": "output_only", "cell_type": "gru", "attention_type": "dot", "encoder_layers": 1},
-    *(pytest.param(setting, marks=pytest.mark.slow) for setting in CONFIGURATIONS[::10]),
+    *(pytest.param(setting, marks=pytest.mark.slow) for setting in CONFIGURATIONS[::30]),
 ]
 
 
