@@ -297,20 +297,23 @@ def read_variants(path: Path) -> list[Variant]:
 
 
 def variants_table(results: Mapping[str, float | str], variants: Sequence[Variant]) -> str:
-    """A row for the card's model, then one for each variant; a column for each figure that all of them have."""
+    """A row for the card's model, then one for each variant; a column for each figure that one of these has, too."""
     names = [
         name
         for name, value in results.items()
         if name.partition("_")[0] in SPLIT_OF_PREFIX
         and name.partition("_")[2] not in NO_FIGURES
         and not isinstance(value, str)
-        and all(name in variant.figures for variant in variants)
+        and any(name in variant.figures for variant in variants)
     ]
-    if not names:
-        raise CardError("the variants have no figure in common with the card's model")
+    for variant in variants:
+        if not any(name in variant.figures for name in names):
+            raise CardError(f"{variant.change}: no figure in common with the card's model")
     titles = [f"{SPLIT_OF_PREFIX[prefix]} {rest}" for prefix, _, rest in (name.partition("_") for name in names)]
     rows = [("this model", results), *((variant.change, variant.figures) for variant in variants)]
-    lines = [(change, *(f"{figures[name]:.4g}" for name in names)) for change, figures in rows]
+    lines = [
+        (change, *(f"{figures[name]:.4g}" if name in figures else "–" for name in names)) for change, figures in rows
+    ]
     return "## What helps\n\n" + table(("changed", *titles), lines)
 
 

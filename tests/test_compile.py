@@ -10,7 +10,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 CLOSE = {"atol": 1e-9, "rtol": 1e-7}
 SETTINGS = [
     {"wiring_type": "input_feeding", "attention_type": "additive", "encoder_layers": 1},
-    {"wiring_type": "output_only", "cell_type": "gru", "attention_type": "dot", "encoder_layers": 1},
+    pytest.param(
+        {"wiring_type": "output_only", "cell_type": "gru", "attention_type": "dot", "encoder_layers": 1},
+        marks=pytest.mark.slow,
+    ),
     *(pytest.param(setting, marks=pytest.mark.slow) for setting in CONFIGURATIONS[::30]),
 ]
 
@@ -47,7 +50,7 @@ def test_gradients_are_the_same_and_other_lengths_take_one_more_graph(setting: d
     assert graphs == ([1, 2, 3, 4, 5, 6, 7] if model.config.decoder_self_attention else [1, 2, 2, 2, 3, 3, 3])
 
 
-@pytest.mark.parametrize("zoneout", [0.0, 0.3])
+@pytest.mark.parametrize("zoneout", [0.3, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_training_with_dropout_compiles(zoneout: float) -> None:
     torch.compiler.reset()
     model = tiny_model(zoneout=zoneout, dropout=0.3, recurrent_dropout=0.3, encoder_layers=2, decoder_layers=2).train()
