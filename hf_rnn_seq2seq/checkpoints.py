@@ -14,7 +14,7 @@ import safetensors
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
-from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 
 from .model_card import ARGUMENTS_NAME
 from .moving_average import TRAINING_WEIGHTS_NAME
@@ -154,6 +154,24 @@ def writing_to(path: str | Path) -> Iterator[None]:
         raise CheckpointError(f"{path} can't be written: {reason}{space_left(Path(path))}") from error
 
 
+def write_whole(path: Path, text: str) -> None:
+    """All of it or, after an interruption, what was there before."""
+    part = path.with_name(f"_{path.name}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def remove_broken_json(path: Path) -> None:
+    """A file that an interruption has left half-written."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except ValueError:
+        logger.warning("%s is half-written and begins anew.", path)
+        path.unlink()
+
+
 def space_left(path: Path) -> str:
     for folder in (path, *path.parents):
         if folder.is_dir():
@@ -180,6 +198,23 @@ def align(model: nn.Module) -> None:
     for weight in model.parameters():
         if weight.device.type == "cpu" and weight.data_ptr() % 64:
             weight.data = weight.data.clone()
+
+
+def delete_older(run_dir: Path, limit: int | None, best: str | None) -> None:
+    """
+    transformers' `rotate_checkpoints`, by time: at most `limit` checkpoints stay, the last and the best among them.
+    Each is renamed before its files go, so that there is never half of one under a checkpoint's name.
+    """
+    checkpoints = sort_checkpoints(str(run_dir), use_mtime=True)
+    if not limit or limit < 0 or len(checkpoints) <= limit:
+        return
+    kept = {checkpoints[-1], *([] if best is None else [str(Path(best))])}
+    others = [checkpoint for checkpoint in checkpoints if checkpoint not in kept]
+    unfinished = run_dir / UNFINISHED_NAME
+    for checkpoint in others[: len(checkpoints) - max(limit, len(kept))]:
+        unfinished.mkdir(exist_ok=True)
+        Path(checkpoint).rename(unfinished / Path(checkpoint).name)
+    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 class CheckpointTrainer(Seq2SeqTrainer):
@@ -217,9 +252,10 @@ class CheckpointTrainer(Seq2SeqTrainer):
                     self.state.save_to_json(str(written / "trainer_state.json"))
                     # The model's code lies elsewhere as well, and would be half of the time.
                     sync(*(path for path in written.rglob("*") if path.suffix != ".py"), written)
-                    shutil.rmtree(whole, ignore_errors=True)  # of a run that has been here before
+                    if whole.exists():  # of a run that has been here before
+                        whole.rename(unfinished / "before")
                     written.rename(whole)
-                    unfinished.rmdir()
+                    shutil.rmtree(unfinished)
                     sync(run_dir)
                 self.accelerator.wait_for_everyone()
         except CheckpointError:
@@ -230,8 +266,7 @@ class CheckpointTrainer(Seq2SeqTrainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(whole))
         if self.args.should_save:
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(str(run_dir), limit, best, use_mtime=True)
+            delete_older(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._unfinished is None:  # it goes on in the background, and needs the name that stays

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .arguments import ScriptArguments
+from .checkpoints import write_whole
 from .data import PACKAGED_CORPORA, SPLITS
 from .model_card import RUN_RECORD_NAME
 from .reports import model_card_arguments
@@ -64,7 +65,7 @@ def write_run_record(
         made = [json.loads(member.read_text(encoding="utf-8"))["commands"] for member in members if member.is_file()]
         record["members"] = {"count": len(members), "commands": [command for each in made for command in each]}
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def without_resuming(argv: Sequence[str]) -> list[str]:

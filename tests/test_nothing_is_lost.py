@@ -1,5 +1,6 @@
 """Training that is killed, stopped, or runs out of disk goes on from the last whole checkpoint, bit for bit."""
 
+import contextlib
 import json
 import math
 import os
@@ -24,8 +25,10 @@ from hf_rnn_seq2seq.checkpoints import (
     CheckpointError,
     NonFiniteError,
     checkpoint_fault,
+    delete_older,
     last_complete_checkpoint,
     set_aside_broken,
+    write_whole,
     writing_to,
 )
 from hf_rnn_seq2seq.stopping import StopOnSignal
@@ -92,6 +95,18 @@ def assert_same(folder: Path, other: Path) -> None:
     assert (folder / "generated_predictions.txt").read_text() == (other / "generated_predictions.txt").read_text()
 
 
+def killed_in(phase: str, run: Run, times: int, seconds: float) -> bool:
+    """Kill a run some time after a phase has begun for the n-th time; False if it ended, whole, before that."""
+    reached = run.reach(phase, times)
+    if reached:
+        time.sleep(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(run.process.pid, signal.SIGKILL)
+    code = run.end()
+    assert code == 0 or (reached and code == -signal.SIGKILL), run.printed
+    return code != 0
+
+
 def kill_again_and_again(place: Path, name: str, variant: str, phases: list[str], seed: int) -> None:
     """Start the same command as often as there are phases, kill it in each, then let it come to its end."""
     rng = random.Random(seed)
@@ -99,16 +114,50 @@ def kill_again_and_again(place: Path, name: str, variant: str, phases: list[str]
     # About, for one of each. With the optimizer there is more to write than can be written before the signal is there.
     seconds = {"training": 0.05, "saving": 0.15, "saving the optimizer": 0, "evaluation": 0.05}
     for phase in phases:
-        run = Run(flags, place)
-        assert run.reach(phase, rng.randint(1, 3)), run.printed
-        time.sleep(rng.random() * seconds[phase])
-        os.kill(run.process.pid, signal.SIGKILL)
-        assert run.end() == -signal.SIGKILL, run.printed
+        while not killed_in(phase, Run(flags, place), rng.randint(1, 3), rng.random() * seconds[phase]):
+            shutil.rmtree(place / name)  # it came to its end before: once more from the beginning
         assert (place / name / "_unfinished").exists() or phase != "saving the optimizer"
         # Whatever has a checkpoint's name is whole.
         assert all(checkpoint_fault(each) is None for each in (place / name).glob("checkpoint-*"))
     last = Run(flags, place)
     assert last.end() == 0, last.printed
+
+
+def test_deleting_takes_a_checkpoints_name_first(tmp_path, monkeypatch):
+    """Interrupted while files go, what is left has no checkpoint's name; the last and the best stay."""
+    for step in range(1, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "file").write_text("x")
+        os.utime(tmp_path / f"checkpoint-{step}", (step, step))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *arguments, **named: None)  # killed before it deletes anything
+        delete_older(tmp_path, 2, str(tmp_path / "checkpoint-2"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["_unfinished", "checkpoint-2", "checkpoint-5"]
+    assert len(list((tmp_path / "_unfinished").iterdir())) == 3
+    delete_older(tmp_path, None, None)
+    delete_older(tmp_path, 1, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_half_written_figures_begin_anew(half_done, place, uninterrupted):
+    folder = half_done("half-written")
+    for text in ("", '{"eval_loss": 1.'):
+        (folder / "all_results.json").write_text(text)
+        run = Run(flags_for(place, "half-written"), place)
+        assert run.end() == 0, run.printed
+        assert f"{folder / 'all_results.json'} is half-written and begins anew." in run.printed
+        assert_same(folder, uninterrupted(AVERAGED))
+
+
+def test_a_file_is_written_whole_or_stays(tmp_path, monkeypatch):
+    write_whole(tmp_path / "run.json", "before")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_whole(tmp_path / "run.json", "after")
+    assert (tmp_path / "run.json").read_text() == "before"
+    write_whole(tmp_path / "run.json", "after")
+    assert [path.name for path in tmp_path.iterdir() if path.read_text() == "after"] == ["run.json"]
 
 
 def test_killed_three_times(place, uninterrupted):

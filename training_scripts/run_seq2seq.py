@@ -46,6 +46,7 @@ from hf_rnn_seq2seq.checkpoints import (
     checkpoint_fault,
     checkpoint_folders,
     last_complete_checkpoint,
+    remove_broken_json,
     set_aside_broken,
     writing_to,
 )
@@ -151,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
 
     def record(split: str, metrics: dict[str, float | str]) -> None:
         with writing_to(args.output_dir):
+            remove_broken_json(args.output_dir / "all_results.json")  # by an interruption
             trainer.save_metrics(split, metrics)  # also into all_results.json
         results.update(metrics)
 
