@@ -152,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
 
     def record(split: str, metrics: dict[str, float | str]) -> None:
         with writing_to(args.output_dir):
-            remove_broken_json(args.output_dir / "all_results.json")  # by an interruption
+            if training.process_index == 0:  # which alone writes it
+                remove_broken_json(args.output_dir / "all_results.json")
             trainer.save_metrics(split, metrics)  # also into all_results.json
         results.update(metrics)
 
