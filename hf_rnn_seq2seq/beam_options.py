@@ -81,14 +81,8 @@ class BeamSearchOptions:
 
 
 OPTIONS = tuple(field.name for field in fields(BeamSearchOptions))
-TOOLKITS = ("opennmt_length_penalty", "joeynmt_length_penalty", "yoyodyne_beam_search")
-NUMBERS = (
-    "gnmt_length_penalty",
-    "coverage_penalty",
-    "diversity_penalty",
-    "opennmt_length_penalty",
-    "joeynmt_length_penalty",
-)
+TOOLKIT_PENALTIES = ("opennmt_length_penalty", "joeynmt_length_penalty")
+TOOLKITS = (*TOOLKIT_PENALTIES, "yoyodyne_beam_search")
 
 
 @functools.cache
@@ -128,11 +122,11 @@ def take_options(
 def _check_options(options: BeamSearchOptions, config: GenerationConfig, arguments: Mapping[str, Any]) -> None:
     if config.constraints is not None:
         raise ValueError("`constraints` needs classes that transformers 5 no longer has: use `force_words_ids`.")
-    for name in NUMBERS:
+    for name in ("gnmt_length_penalty", "coverage_penalty", "diversity_penalty", *TOOLKIT_PENALTIES):
         value = getattr(options, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"`{name}` must be a number, got {value!r}.")
-    if options.yoyodyne_beam_search not in (None, True, False):
+    if not isinstance(options.yoyodyne_beam_search, bool | None):
         raise ValueError(f"`yoyodyne_beam_search` must be True or False, got {options.yoyodyne_beam_search!r}.")
     if config.num_beams == 1:
         off = {"num_beam_groups": 1, "diversity_penalty": 0, "coverage_penalty": 0, "yoyodyne_beam_search": False}

@@ -272,6 +272,13 @@ class CheckpointTrainer(Seq2SeqTrainer):
         if self._unfinished is None:  # it goes on in the background, and needs the name that stays
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def save_metrics(self, split: str, metrics: dict[str, float | str], combined: bool = True) -> None:
+        """transformers', which reads what is in all_results.json: a half-written one begins anew."""
+        if combined and self.is_world_process_zero():  # which alone writes it
+            assert self.args.output_dir is not None
+            remove_broken_json(Path(self.args.output_dir) / "all_results.json")
+        super().save_metrics(split, metrics, combined)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         align(self.model)
         return super().create_optimizer(model)

@@ -154,8 +154,9 @@ def test_opennmt_search_excludes_other_options(other: dict[str, Any]) -> None:
 
 def test_yoyodyne_search_is_on_or_off() -> None:
     source, mask = ragged_batch([3])
-    with pytest.raises(ValueError, match=r"`yoyodyne_beam_search` must be True or False, got 0\.5"):
-        tiny_model().generate(source, attention_mask=mask, num_beams=2, yoyodyne_beam_search=0.5)
+    for value in (0.5, 1, 0):
+        with pytest.raises(ValueError, match=rf"`yoyodyne_beam_search` must be True or False, got {value}"):
+            tiny_model().generate(source, attention_mask=mask, num_beams=2, yoyodyne_beam_search=value)
     with pytest.raises(ValueError, match=r"`yoyodyne_beam_search`=True excludes"):
         tiny_model().generate(source, attention_mask=mask, num_beams=2, yoyodyne_beam_search=True, length_penalty=0.5)
     with pytest.raises(ValueError, match="`yoyodyne_beam_search` needs beams"):

@@ -114,8 +114,12 @@ def kill_again_and_again(place: Path, name: str, variant: str, phases: list[str]
     # About, for one of each. With the optimizer there is more to write than can be written before the signal is there.
     seconds = {"training": 0.05, "saving": 0.15, "saving the optimizer": 0, "evaluation": 0.05}
     for phase in phases:
-        while not killed_in(phase, Run(flags, place), rng.randint(1, 3), rng.random() * seconds[phase]):
+        for _ in range(10):
+            if killed_in(phase, Run(flags, place), rng.randint(1, 3), rng.random() * seconds[phase]):
+                break
             shutil.rmtree(place / name)  # it came to its end before: once more from the beginning
+        else:
+            pytest.fail(f"{phase}: no run could be killed in it")
         assert (place / name / "_unfinished").exists() or phase != "saving the optimizer"
         # Whatever has a checkpoint's name is whole.
         assert all(checkpoint_fault(each) is None for each in (place / name).glob("checkpoint-*"))

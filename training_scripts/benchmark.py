@@ -263,11 +263,11 @@ def scaling(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for axis, value in ((axis, value) for axis, values in SCALES.items() for value in values):
         at = middle | {axis: value}
-        options.hidden, options.embedding = at["width"], at["width"] // 2
-        options.source_vocab, options.target_vocab = 4_000, at["vocabulary"]
-        ours.make(name="model", **config(options, attention_type="additive"))
+        widths = {"hidden": at["width"], "embedding": at["width"] // 2}
+        sizes = argparse.Namespace(source_vocab=4_000, target_vocab=at["vocabulary"], **widths)
+        ours.make(name="model", **config(sizes, attention_type="additive"))
         for worker in others.values():
-            worker.make(name="model", attention="additive", **sizes_of(options))
+            worker.make(name="model", attention="additive", **sizes_of(sizes))
         lengths = {"source": (at["source length"], 4_000), "target": (at["target length"] - 1, at["vocabulary"])}
         batch = {
             side: [[draw.randrange(4, size) for _ in range(length)] for _ in range(at["batch"])]

@@ -46,7 +46,6 @@ from hf_rnn_seq2seq.checkpoints import (
     checkpoint_fault,
     checkpoint_folders,
     last_complete_checkpoint,
-    remove_broken_json,
     set_aside_broken,
     writing_to,
 )
@@ -152,8 +151,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
 
     def record(split: str, metrics: dict[str, float | str]) -> None:
         with writing_to(args.output_dir):
-            if training.process_index == 0:  # which alone writes it
-                remove_broken_json(args.output_dir / "all_results.json")
             trainer.save_metrics(split, metrics)  # also into all_results.json
         results.update(metrics)
 
