@@ -1,5 +1,5 @@
 """
-The time loops under torch.compile.
+The time loops under torch.compile, and those of exports.
 
 Compiled, a Python loop becomes as many copies of its body as there are steps, and another graph for every length. Here
 the body is compiled once, as the body of torch's `scan`, and the length is a size like any other.

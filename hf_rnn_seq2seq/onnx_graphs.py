@@ -18,12 +18,12 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
-from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
 
 from . import normalizers
 from .attention import PreparedMemory
 from .cache_rnn_seq2seq import DecoderState
+from .compiled_loop import Step, Tensors, scan_steps
 from .configuration_rnn_seq2seq import RECURRENT_ENCODERS
 from .encoder_bodies import (
     BodyOutput,
@@ -54,28 +54,27 @@ class ScanLayer(nn.Module):
         first, *others = cast(list[RecurrentLayer], list(self.cells))
         x = first.project(zero_padding(x, mask))
 
-        def step(old: list[torch.Tensor], inputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        def step(old: Tensors, inputs: Tensors) -> Step:
             x_t, token = inputs  # [B, *], [B, 1]
             new = first._advance(x_t, tuple(old), ())
             for cell in others:
                 new = cell.step(x_t[:, :0], new)
             new = tuple(torch.where(token, n, o) for n, o in zip(new, old, strict=True))
-            return list(new), [new[0] * token]
+            return new, (new[0] * token,)
 
-        steps = [x.transpose(0, 1), mask.t().unsqueeze(-1)]
-        final, (outputs,) = scan(step, list(first.zero_state(x)), steps)
-        return outputs.transpose(0, 1), tuple(final)
+        final, (outputs,) = scan_steps(step, first.zero_state(x), [x, mask.unsqueeze(-1)])
+        return outputs, tuple(final)
 
 
 def scan_linear_recurrence(a: torch.Tensor, b: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     """`LinearRecurrence.apply`, whose number of doublings depends on T, for any T: a, b [B, T, H] -> [B, T, H]."""
 
-    def step(old: list[torch.Tensor], inputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def step(old: Tensors, inputs: Tensors) -> Step:
         new = inputs[0] * old[0] + inputs[1]
-        return [new], [new.clone()]
+        return [new], [new]
 
-    _, (outputs,) = scan(step, [first.clone()], [a.transpose(0, 1), b.transpose(0, 1)])
-    return outputs.transpose(0, 1)
+    _, (outputs,) = scan_steps(step, [first], [a, b])
+    return outputs
 
 
 def join_pairs(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
