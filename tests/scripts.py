@@ -1,10 +1,12 @@
 """The training scripts as modules: they are no package, so tests load them by path."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
 FOLDER = Path(__file__).parent.parent / "training_scripts"
+sys.path.append(str(FOLDER))  # where Python looks first when it runs a script, for what one imports from another
 
 
 def load_script(name: str) -> ModuleType:

@@ -76,3 +76,14 @@ def test_compiling(tmp_path: Path) -> None:
     training = figures["output_only training"]
     assert [training[f"step_{index}_graphs"] for index in range(3)] == [1, 2, 2]
     assert training["ratio"] > 0
+
+
+def test_the_gpus_benchmark_on_the_cpu(tmp_path: Path) -> None:
+    sizes = ["--batch_size", "2", "--length", "3", "--vocab", "20", "--width", "8", "--rounds", "1", "--repeats", "1"]
+    load_script("benchmark_gpu").main([*sizes, "--device", "cpu", "--output", str(tmp_path / "gpu.json")])
+    figures = json.loads((tmp_path / "gpu.json").read_text())["figures"]
+    timed = {name: figure for name, figure in figures.items() if "seconds" in figure}
+    assert len(timed) == 8
+    assert all(figure["tokens_per_second"] > 0 for figure in timed.values())
+    ratio = figures["GNMT v2 / plain loop"]["ratio"]
+    assert ratio == timed["train plain loop"]["seconds"] / timed["train GNMT v2"]["seconds"]

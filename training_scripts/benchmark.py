@@ -95,11 +95,16 @@ def rounds(contestants: dict[str, Callable[[], float]], count: int) -> dict[str,
     return measured
 
 
+def median_ratio(above: list[float], below: list[float]) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
 def table(measured: dict[str, list[float]], unit: str, base: str) -> list[dict[str, Any]]:
     """Prints and returns median, range and ratio to `base`."""
     rows = []
     for name, figures in measured.items():
-        ratio = statistics.median(a / b for a, b in zip(figures, measured[base], strict=True))
+        ratio = median_ratio(figures, measured[base])
         rows.append({"name": name, "unit": unit, "median": statistics.median(figures), "all": figures, "ratio": ratio})
         low, high = min(figures), max(figures)
         print(f"{name:44} {statistics.median(figures):10.1f} {unit}  ({low:.1f} to {high:.1f})  {ratio:6.2f} x {base}")
@@ -304,7 +309,8 @@ def plot_scaling(rows: Iterable[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def machine(options: argparse.Namespace) -> dict[str, Any]:
+def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
+    """What figures depend on besides the work, for the JSON file."""
     import torch
     import transformers
 
@@ -313,7 +319,8 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         cpu = found[0].split(":", 1)[1].strip() if found else cpu
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"cpu": cpu, "threads": options.threads, **versions}
+    gpu = {} if device == "cpu" else {"gpu": torch.cuda.get_device_name(device)}
+    return {**gpu, "cpu": cpu, "threads": threads, **versions}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -341,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     rows = {"train": train, "decode": decode, "scaling": scaling}[options.what](options)
     if options.output is not None:
-        record = {"machine": machine(options), "what": options.what, "rows": rows}
+        record = {"machine": machine(options.threads), "what": options.what, "rows": rows}
         options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if options.what == "scaling":
             plot_scaling(rows, options.output.with_suffix(".png"))

@@ -16,7 +16,6 @@ medians and ratios.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from benchmark import machine, median_ratio, rounds
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -87,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         make(rows + 1, length + 2, length + 3),
         make(rows + 2, length + 1, length + 7),
     ]
-    processor = torch.cuda.get_device_name() if device != "cpu" else platform.processor() or platform.machine()
-    print(f"torch {torch.__version__}, {processor}, {options.threads} threads")
+    where = machine(options.threads, device)
+    print(", ".join(f"{name} {value}" for name, value in where.items()))
 
     figures: dict[str, dict[str, float]] = {}
     for wiring in options.wirings:
@@ -111,16 +111,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 found[f"step_{index}_seconds"] = timed(partial(job, compiled, batch=batch), device, time.perf_counter)
                 found[f"step_{index}_graphs"] = graphs.frame_count
             clock = time.process_time if device == "cpu" else time.perf_counter
-            seconds: dict[str, list[float]] = {"eager": [], "compiled": []}
-            for index in range(options.rounds + 1):
-                for contestant, module in (("eager", model), ("compiled", compiled)):
-                    taken = timed(partial(job, module, batch=batches[0]), device, clock)
-                    if index:  # the first round warms up
-                        seconds[contestant].append(taken)
+            contestants = {
+                contestant: partial(timed, partial(job, module, batch=batches[0]), device, clock)
+                for contestant, module in (("eager", model), ("compiled", compiled))
+            }
+            seconds = rounds(contestants, options.rounds)
             found |= {contestant: statistics.median(all_seconds) for contestant, all_seconds in seconds.items()}
-            found["ratio"] = statistics.median(
-                a / b for a, b in zip(seconds["eager"], seconds["compiled"], strict=True)
-            )
+            found["ratio"] = median_ratio(seconds["eager"], seconds["compiled"])
             figures[name] = found
             first = ", ".join(f"{found[f'step_{i}_seconds']:.1f} s ({found[f'step_{i}_graphs']})" for i in range(3))
             print(f"{name:24} first steps at three sizes (graphs so far): {first}")
@@ -129,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{found['ratio']:.2f} x"
             )
     if options.output is not None:
-        record = {"device": processor, "torch": torch.__version__, "options": {**vars(options), "output": None}}
+        record = {"machine": where, "options": {**vars(options), "output": None}}
         options.output.write_text(json.dumps(record | {"figures": figures}, indent=2) + "\n", encoding="utf-8")
 
 

@@ -17,11 +17,12 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from benchmark import machine, median_ratio, rounds
 from torch import nn
 from torch.nn import functional as F
 
@@ -70,7 +71,7 @@ def timed(work: Callable[[], None], device: str, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch_size", type=int, default=128)
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     device = options.device
     torch.manual_seed(0)
 
@@ -119,14 +120,10 @@ def main() -> None:
 
             work[f"decode batch {rows} beam {beams}"] = generate
 
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for index in range(options.rounds + 1):
-        for name, job in work.items():
-            taken = timed(job, device, options.repeats)
-            if index:  # the first round warms up
-                seconds[name].append(taken)
+    seconds = rounds(
+        {name: partial(timed, job, device, options.repeats) for name, job in work.items()}, options.rounds
+    )
 
-    name_of_device = torch.cuda.get_device_name() if device != "cpu" else "cpu"
     figures = {}
     for name, all_seconds in seconds.items():
         median = statistics.median(all_seconds)
@@ -142,11 +139,12 @@ def main() -> None:
         ),
     }
     for name, (above, below) in ratios.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+        ratio = median_ratio(seconds[above], seconds[below])
         figures[name] = {"ratio": ratio}
         print(f"{name:44} {ratio:6.2f} x")
     if options.output is not None:
-        record = {"device": name_of_device, "torch": torch.__version__, "options": {**vars(options), "output": None}}
+        where = machine(torch.get_num_threads(), device)
+        record = {"machine": where, "options": {**vars(options), "output": None}}
         options.output.write_text(json.dumps(record | {"figures": figures}, indent=2) + "\n", encoding="utf-8")
 
 

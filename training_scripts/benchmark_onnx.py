@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from benchmark import machine, median_ratio, rounds
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationMixin, PreTrainedTokenizerBase
 
 import hf_rnn_seq2seq  # noqa: F401  # registers the model with the Auto classes
@@ -39,16 +40,11 @@ def run(runner: RnnSeq2SeqRunner, batches: list[list[str]], num_beams: int) -> N
         runner(batch, num_beams=num_beams)
 
 
-def measure(contestants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Process time of every round of every contestant, in seconds, after one round that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for index in range(rounds + 1):
-        for name, contestant in contestants.items():
-            start = time.process_time()
-            contestant()
-            if index:
-                times[name].append(time.process_time() - start)
-    return times
+def process_time(work: Callable[[], None]) -> float:
+    """Seconds."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -82,17 +78,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches = [lines[i : i + batch_size] for i in range(0, max(args.lines, batch_size), batch_size)]
         count = sum(map(len, batches))
         for num_beams in args.num_beams:
-            contestants = {"pytorch": functools.partial(generate, model, tokenizer, batches, num_beams)}
+            work = {"pytorch": functools.partial(generate, model, tokenizer, batches, num_beams)}
             for name in found:
-                contestants[f"generate, {name}"] = functools.partial(
-                    generate, exported[name], tokenizer, batches, num_beams
-                )
-                contestants[f"runner, {name}"] = functools.partial(run, runners[name], batches, num_beams)
+                work[f"generate, {name}"] = functools.partial(generate, exported[name], tokenizer, batches, num_beams)
+                work[f"runner, {name}"] = functools.partial(run, runners[name], batches, num_beams)
             with model.packed():
-                times = measure(contestants, args.rounds)
+                times = rounds({name: functools.partial(process_time, job) for name, job in work.items()}, args.rounds)
             for contestant, seconds in times.items():
                 each = statistics.median(seconds) / count * 1000
-                ratio = statistics.median(a / b for a, b in zip(times["pytorch"], seconds, strict=True))
+                ratio = median_ratio(times["pytorch"], seconds)
                 print(f"{batch_size:5}  {num_beams:5}  {contestant:22}  {each:9.2f}  {ratio:9.2f}", flush=True)
                 records.append(
                     {
@@ -106,7 +100,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
     if args.output is not None:
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        args.output.write_text(json.dumps({"settings": settings, "records": records}, indent=1) + "\n")
+        args.output.write_text(
+            json.dumps({"machine": machine(args.threads), "settings": settings, "records": records}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
