@@ -100,12 +100,23 @@ class Attention(nn.Module):
     def forward(
         self, query: torch.Tensor, prepared: PreparedMemory, alignment: Alignment
     ) -> tuple[torch.Tensor, torch.Tensor, Alignment]:
-        """Queries [B, T, Q] -> contexts [B, T, C], weights [B, heads, T, S], the next step's alignment."""
+        """
+        Queries [B, T, Q] -> contexts [B, T, C], weights [B, heads, T, S], the next step's alignment.
+
+        Without an alignment, N beams of each source may share its memory: queries [B * N, 1, Q], a source's side by
+        side, are N queries to it, and what comes back is by beams again.
+        """
         if self.feedback and query.size(1) != 1:
             raise ValueError(f"This attention waits for its last weights: one query at a time, got {query.size(1)}.")
+        rows, sources = query.size(0), prepared.mask.size(0)
+        if rows != sources:
+            query = query.reshape(sources, rows // sources, -1)
         weights, alignment = self.weigh(query, prepared, alignment)
         weights = weights.to(prepared.values.dtype)
-        return self.average(weights, prepared.values), weights, alignment
+        context = self.average(weights, prepared.values)
+        if rows != sources:
+            context, weights = context.reshape(rows, 1, -1), weights.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+        return context, weights, alignment
 
 
 class DotAttention(Attention):

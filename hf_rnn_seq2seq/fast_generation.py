@@ -87,7 +87,7 @@ class Steps(Protocol):
         ...
 
     def select(self, rows: torch.Tensor) -> None:
-        """Goes on with these rows alone."""
+        """Goes on with these rows alone. Of rows that were repeated it takes all of a source, or none."""
         ...
 
     def reorder(self, rows: torch.Tensor) -> None:
@@ -114,6 +114,7 @@ class DecodingSteps:
         self.model, self.decoder, self.config = model, model.model.decoder, model.config
         self.state, self.prepared = cache.state, cache.prepared_memory
         self.source_ids, self.copy_ids = encoder_outputs.get("source_ids"), copy_ids
+        self.sharing = 1  # how many rows have one source's prepared memory in common
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         if self.model.head.copies:
@@ -124,7 +125,12 @@ class DecodingSteps:
         return as_logits(scores, self.config.output_normalizer)
 
     def select(self, rows: torch.Tensor) -> None:
-        self.prepared = self.prepared._make(tensor.index_select(0, rows) for tensor in self.prepared)
+        sources = rows[:: self.sharing] // self.sharing
+        self.prepared = self.prepared._make(tensor.index_select(0, sources) for tensor in self.prepared)
+        self.select_state(rows)
+
+    def select_state(self, rows: torch.Tensor) -> None:
+        """What `select` does to all but the prepared memory."""
         self.source_ids, self.copy_ids = (
             None if ids is None else ids.index_select(0, rows) for ids in (self.source_ids, self.copy_ids)
         )
@@ -134,8 +140,12 @@ class DecodingSteps:
         self.state = self.state.map(lambda tensor: tensor.index_select(0, rows))
 
     def repeat(self, times: int) -> None:
-        rows = torch.arange(self.prepared.mask.size(0), device=self.prepared.mask.device)
-        self.select(rows.repeat_interleave(times))
+        rows = torch.arange(self.prepared.mask.size(0), device=self.prepared.mask.device).repeat_interleave(times)
+        if self.state.alignment:  # each row looks at the memory in a way of its own
+            self.select(rows)
+        else:
+            self.select_state(rows)
+            self.sharing *= times
 
 
 def _defining_class(cls: type, name: str) -> type | None:
@@ -322,18 +332,24 @@ def search_beams(
         logits = outputs.logits[:, -1].repeat_interleave(beams, dim=0)
         del outputs
         steps.repeat(beams)
+        # One piece of memory for all steps' scores: several new ones a step would be given back and taken anew.
+        room = torch.empty(logits.numel(), device=device)
         while True:
             length = running.size(2)
-            log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-            log_probs = logits_processor(running.flatten(0, 1), log_probs).unflatten(0, (-1, beams))  # type: ignore[arg-type]
-            scores = (log_probs + running_scores[:, :, None]).flatten(1)  # [b, N * V]
+            scores = room[: logits.numel()].view(-1, beams, logits.size(1))  # [b, N, V]
+            if logits_processor:  # which may keep what it is given
+                log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+                log_probs = logits_processor(running.flatten(0, 1), log_probs)  # type: ignore[arg-type]
+            else:
+                log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=scores.flatten(0, 1))
+            torch.add(log_probs.view_as(scores), running_scores[:, :, None], out=scores)
+            scores = scores.flatten(1)  # [b, N * V]
             if config.do_sample:
                 chosen = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=kept)
                 top_scores = scores.gather(1, chosen)
             else:
                 top_scores, chosen = scores.topk(kept)  # [b, K]
-            parents = chosen // log_probs.size(2)
-            tokens = chosen % log_probs.size(2)
+            parents, tokens = chosen // logits.size(1), chosen % logits.size(1)
             top = torch.cat((model._gather_beams(running, parents), tokens[:, :, None]), dim=2)
             hits = stopping_criteria(top.flatten(0, 1), None).view_as(parents)
             # In the places where transformers' helpers have all of a hypothesis's beam indices they get its last

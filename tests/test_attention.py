@@ -169,6 +169,18 @@ def test_steps_equal_all_at_once(name: str) -> None:
             torch.testing.assert_close(one, other, **CLOSE)
 
 
+@pytest.mark.parametrize("name", [name for name in PARALLEL if "own" not in name and "local_m" not in name])
+def test_beams_may_share_a_memory(name: str) -> None:
+    attention, config = build(**CASES[name])
+    queries, memory = draw(12, 1, config.query_size, seed=2), draw(4, 6, config.memory_size, seed=3)
+    assert attention.first_alignment(attention.prepare(memory, MASKS)) == ()
+    context, weights, _ = attention(queries, attention.prepare(memory, MASKS), ())
+    repeated = attention.prepare(memory.repeat_interleave(3, 0), MASKS.repeat_interleave(3, 0))
+    expected = attention(queries, repeated, ())
+    torch.testing.assert_close(context, expected[0], **CLOSE)
+    torch.testing.assert_close(weights, expected[1], **CLOSE)
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name not in PARALLEL])
 def test_feedback_takes_one_query(name: str) -> None:
     attention, config = build(**CASES[name])

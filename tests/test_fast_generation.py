@@ -205,10 +205,12 @@ def test_steps_give_the_logits_of_forward(setting: dict[str, Any]) -> None:
         steps.reorder(torch.tensor([1, 0, 2, 2, 5, 4]))
         twice = tokens.repeat_interleave(2, dim=0)
         torch.testing.assert_close(steps(twice[:, 2]), expected.repeat_interleave(2, dim=0)[:, 2], rtol=0, atol=1e-10)
-        steps.select(torch.tensor([4, 0]))
-        torch.testing.assert_close(steps(tokens[[2, 0], 3]), expected[[2, 0], 3], rtol=0, atol=1e-10)
-        steps.select(torch.tensor([1]))
-        torch.testing.assert_close(steps(tokens[[0], 4]), expected[[0], 4], rtol=0, atol=1e-10)
+        steps.select(torch.tensor([5, 5, 0, 1]))
+        sources = [2, 2, 0, 0]
+        torch.testing.assert_close(steps(tokens[sources, 3]), expected[sources, 3], rtol=0, atol=1e-10)
+        steps.select(torch.tensor([3, 2]))
+        torch.testing.assert_close(steps(tokens[[0, 0], 4]), expected[[0, 0], 4], rtol=0, atol=1e-10)
+        assert steps.prepared.mask.size(0) == (2 if steps.state.alignment else 1)  # else beams share a memory
 
 
 # What ends is dropped
