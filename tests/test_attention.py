@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from attention_calls import build, draw, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ragged_batch, tiny_config, tiny_model
 from plain_attention import plain_row
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration, additive_scores
-from hf_rnn_seq2seq.attention import ATTENTIONS, Alignment, Attention, make_attention
+from hf_rnn_seq2seq import RnnSeq2SeqForConditionalGeneration, additive_scores
+from hf_rnn_seq2seq.attention import ATTENTIONS, make_attention
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
 TARGET = torch.tensor([[1, 4, 5, 6, 3], [1, 7, 8, 3, 10], [1, 9, 9, 4, 5]])
@@ -74,38 +75,6 @@ CASES = KINDS | {
 every_case = pytest.mark.parametrize("name", list(CASES))
 # Kinds that take a whole sequence at once.
 PARALLEL = [name for name in CASES if not any(word in name for word in ("coverage", "location", "monotonic"))]
-
-
-def build(seed: int = 1, spread: float = 1.0, **setting: Any) -> tuple[Attention, RnnSeq2SeqConfig]:
-    """In float64; every parameter random, so that none can be forgotten."""
-    config = tiny_config(**setting)
-    attention = make_attention(config).double()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in attention.parameters():
-            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return attention, config
-
-
-def draw(*shape: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
-
-
-def run(
-    attention: Attention, queries: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor, at_once: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, Alignment]:
-    """Contexts [B, T, C], weights [B, heads, T, S] and the last alignment, step by step or in one call."""
-    prepared = attention.prepare(memory, mask)
-    alignment = attention.first_alignment(prepared)
-    if at_once:
-        return attention(queries, prepared, alignment)
-    contexts, weights = [], []
-    for query in queries.split(1, dim=1):
-        context, weight, alignment = attention(query, prepared, alignment)
-        contexts.append(context)
-        weights.append(weight)
-    return torch.cat(contexts, 1), torch.cat(weights, 2), alignment
 
 
 MASKS = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0], [0, 1, 0, 1, 1, 1]]).bool()
@@ -417,70 +386,6 @@ def test_a_step_compiles_without_a_break(name: str) -> None:
     pairs = zip((*found[:2], *new_state.tensors()), (*expected[:2], *expected_state.tensors()), strict=True)
     for one, other in pairs:
         torch.testing.assert_close(one, other, **CLOSE)
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 999), training=st.booleans(), lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4))
-def test_monotonic_never_goes_back(seed: int, training: bool, lengths: list[int]) -> None:
-    attention, config = build(seed, attention_type="monotonic", monotonic_noise=2.0)
-    attention.train(training)
-    mask = torch.arange(9).flip(0) < torch.tensor(lengths).unsqueeze(1)  # on the left
-    memory, queries = draw(len(lengths), 9, config.memory_size, seed=seed), draw(len(lengths), 6, 8, seed=seed + 1)
-    _, weights, _ = run(attention, queries, memory, mask)
-    weights = weights[:, 0].detach()  # [B, T, S]
-    if training:  # the probability of standing at s or before it never grows
-        passed = weights.cumsum(-1)
-        assert (passed[:, 1:] <= passed[:, :-1] + 1e-12).all()
-        return
-    assert set(weights.unique().tolist()) <= {0.0, 1.0}
-    attended = weights.sum(-1)
-    assert (attended <= 1).all()
-    assert (attended[:, 1:] <= attended[:, :-1]).all()  # once through the source, never again
-    at = weights.argmax(-1).masked_fill(attended == 0, 9)
-    assert (at[:, 1:] >= at[:, :-1]).all()
-
-
-def test_monotonic_extremes_are_finite() -> None:
-    """Scores at which 1 - p underflows, over a long source, in float32."""
-    config = tiny_config(attention_type="monotonic", monotonic_noise=0.0)
-    attention = make_attention(config).train()
-    with torch.no_grad():
-        attention.scale.fill_(200.0)
-    memory, queries = draw(2, 400, config.memory_size, seed=0), draw(2, 6, config.query_size, seed=1)
-    mask = torch.ones(2, 400, dtype=torch.bool)
-    contexts, weights, _ = run(attention, queries.float(), memory.float(), mask)
-    exact, exact_weights, _ = run(attention.double(), queries, memory, mask)
-    torch.testing.assert_close(weights.double(), exact_weights, rtol=0, atol=1e-3)
-    torch.testing.assert_close(contexts.double(), exact, rtol=0, atol=1e-2)
-    exact.sin().sum().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in attention.parameters())
-
-
-def test_monotonic_noise() -> None:
-    """Normal, of the given standard deviation, on the scores, in training alone."""
-    attention, config = build(attention_type="monotonic", monotonic_noise=1.5)
-    memory = draw(1, 1, config.memory_size, seed=0).expand(4000, 1, -1)
-    queries = draw(1, 1, config.query_size, seed=1).expand(4000, 1, -1)
-    mask = torch.ones(4000, 1, dtype=torch.bool)
-    torch.manual_seed(0)
-    _, weights, _ = run(attention.train(), queries, memory, mask)
-    noise = (
-        torch.logit(weights.detach().flatten()) - attention.score(queries[:1], attention.make_keys(memory[:1])).item()
-    )
-    assert abs(noise.mean()) < 5 * 1.5 / 4000**0.5
-    assert noise.std().item() == pytest.approx(1.5, rel=0.06)
-    _, weights, _ = run(attention.eval(), queries, memory, mask)
-    assert len(weights.unique()) == 1
-
-
-def test_local_m_stays_at_the_last_token() -> None:
-    attention, config = build(attention_type="local_m", attention_window=1)
-    memory, queries = draw(2, 6, config.memory_size, seed=0), draw(2, 9, config.query_size, seed=1)
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]]).bool()
-    _, weights, (t,) = run(attention, queries, memory, mask)
-    assert t.tolist() == [[9], [9]]
-    windows = [[s for s in range(6) if weights[1, 0, step, s] > 0] for step in range(9)]
-    assert windows == [[3, 4], [3, 4, 5]] + [[4, 5]] * 7
 
 
 def test_first_weights_and_sizes() -> None:
