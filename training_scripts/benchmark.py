@@ -32,6 +32,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -93,6 +94,22 @@ def rounds(contestants: dict[str, Callable[[], float]], count: int) -> dict[str,
             if index:
                 measured[name].append(figure)
     return measured
+
+
+def timed(
+    work: Callable[[], object], device: str = "cpu", clock: Callable[[], float] = time.perf_counter, repeats: int = 1
+) -> float:
+    """Seconds of one of `repeats`."""
+    import torch
+
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = clock()
+    for _ in range(repeats):
+        work()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return (clock() - start) / repeats
 
 
 def median_ratio(above: list[float], below: list[float]) -> float:

@@ -18,12 +18,12 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from benchmark import machine, median_ratio, rounds
+from benchmark import machine, median_ratio, rounds, timed
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -51,17 +51,6 @@ def decode(model: nn.Module, batch: Batch, plain: RnnSeq2SeqForConditionalGenera
     for _ in (None,) * tokens:
         output = model(encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=cache, use_cache=True)
         cache, ids = output.past_key_values, output.logits.argmax(-1)
-
-
-def timed(work: Callable[[], None], device: str, clock: Callable[[], float]) -> float:
-    """Seconds."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = clock()
-    work()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return clock() - start
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,13 +16,12 @@ on an A100: training 140,900 tokens a second (mixed precision), decoding at batc
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from benchmark import machine, median_ratio, rounds
+from benchmark import machine, median_ratio, rounds, timed
 from torch import nn
 from torch.nn import functional as F
 
@@ -57,18 +56,6 @@ class PlainModel(nn.Module):
                     context = (energies.softmax(1) * memory).sum(1)
             outputs.append(self.output(x))
         return F.cross_entropy(torch.stack(outputs, 1).flatten(0, 1), labels.flatten())
-
-
-def timed(work: Callable[[], None], device: str, repeats: int) -> float:
-    """Seconds of one of `repeats`."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        work()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -121,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             work[f"decode batch {rows} beam {beams}"] = generate
 
     seconds = rounds(
-        {name: partial(timed, job, device, options.repeats) for name, job in work.items()}, options.rounds
+        {name: partial(timed, job, device, repeats=options.repeats) for name, job in work.items()}, options.rounds
     )
 
     figures = {}

@@ -15,11 +15,11 @@ import functools
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from benchmark import machine, median_ratio, rounds
+from benchmark import machine, median_ratio, rounds, timed
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationMixin, PreTrainedTokenizerBase
 
 import hf_rnn_seq2seq  # noqa: F401  # registers the model with the Auto classes
@@ -38,13 +38,6 @@ def generate(
 def run(runner: RnnSeq2SeqRunner, batches: list[list[str]], num_beams: int) -> None:
     for batch in batches:
         runner(batch, num_beams=num_beams)
-
-
-def process_time(work: Callable[[], None]) -> float:
-    """Seconds."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,7 +76,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 work[f"generate, {name}"] = functools.partial(generate, exported[name], tokenizer, batches, num_beams)
                 work[f"runner, {name}"] = functools.partial(run, runners[name], batches, num_beams)
             with model.packed():
-                times = rounds({name: functools.partial(process_time, job) for name, job in work.items()}, args.rounds)
+                times = rounds(
+                    {name: functools.partial(timed, job, clock=time.process_time) for name, job in work.items()},
+                    args.rounds,
+                )
             for contestant, seconds in times.items():
                 each = statistics.median(seconds) / count * 1000
                 ratio = median_ratio(times["pytorch"], seconds)
