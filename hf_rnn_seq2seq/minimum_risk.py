@@ -5,7 +5,7 @@ Shapes: B batch, K candidates, T target.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,6 +20,8 @@ from .training_losses import output_log_probabilities
 TextCost = Callable[[str, str], float]
 
 COSTS = ("edit_distance", "bleu", "chrf")
+# What a model's encoder reads; the rest is for its decoder.
+ENCODER_INPUTS = ("input_ids", "attention_mask", "inputs_embeds")
 
 
 class MinimumRisk(NamedTuple):
@@ -157,6 +159,11 @@ def expected_costs(log_p: torch.Tensor, costs: torch.Tensor, there: torch.Tensor
     return (q * costs).sum(-1)
 
 
+def repeated(tensors: Mapping[str, torch.Tensor], numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The rows [B, ..] of what there is, each so many times, [sum of numbers, ..]."""
+    return {name: tensor.repeat_interleave(numbers, dim=0) for name, tensor in tensors.items()}
+
+
 def minimum_risk_loss(
     model: PreTrainedModel,
     inputs: dict[str, torch.Tensor],
@@ -188,9 +195,17 @@ def minimum_risk_loss(
         batch_first=True,
         padding_value=IGNORED,
     ).to(labels.device)  # the sentences' candidates one after another, [sum of numbers, T]
-    repeated = {name: tensor.repeat_interleave(numbers, dim=0) for name, tensor in inputs.items()}
+    # A source is encoded once, however many candidates it has.
+    encoder_inputs = {name: inputs[name] for name in ENCODER_INPUTS if name in inputs}
+    encoded = cast(Any, model).get_encoder()(**encoder_inputs, output_hidden_states=False, output_attentions=False)
+    others = {name: tensor for name, tensor in inputs.items() if name not in ENCODER_INPUTS}
     shifted = cast(Any, model).prepare_decoder_input_ids_from_labels(flat)
-    outputs = model(**repeated, decoder_input_ids=shifted, use_cache=False)
+    outputs = model(
+        **repeated(others, numbers),
+        encoder_outputs=type(encoded)(**repeated(encoded, numbers)),
+        decoder_input_ids=shifted,
+        use_cache=False,
+    )
     log_p = output_log_probabilities(outputs.logits, model.config)
     words = log_p.gather(2, flat.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(flat == IGNORED, 0)
 
