@@ -44,6 +44,7 @@ from transformers.generation import (
 )
 from transformers.utils import ModelOutput
 
+from .best_continuations import best_continuations
 from .losses import as_logits
 from .step_products import shared_by_steps
 
@@ -336,19 +337,18 @@ def search_beams(
         room = torch.empty(logits.numel(), device=device)
         while True:
             length = running.size(2)
-            scores = room[: logits.numel()].view(-1, beams, logits.size(1))  # [b, N, V]
             if logits_processor:  # which may keep what it is given
                 log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
                 log_probs = logits_processor(running.flatten(0, 1), log_probs)  # type: ignore[arg-type]
             else:
-                log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=scores.flatten(0, 1))
-            torch.add(log_probs.view_as(scores), running_scores[:, :, None], out=scores)
-            scores = scores.flatten(1)  # [b, N * V]
+                place = room[: logits.numel()].view_as(logits)
+                log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=place)
             if config.do_sample:
-                chosen = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=kept)
+                scores = (log_probs.view(-1, beams, logits.size(1)) + running_scores[:, :, None]).flatten(1)
+                chosen = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=kept)  # of [b, N * V]
                 top_scores = scores.gather(1, chosen)
             else:
-                top_scores, chosen = scores.topk(kept)  # [b, K]
+                top_scores, chosen = best_continuations(log_probs, running_scores, kept)  # [b, K]
             parents, tokens = chosen // logits.size(1), chosen % logits.size(1)
             top = torch.cat((model._gather_beams(running, parents), tokens[:, :, None]), dim=2)
             hits = stopping_criteria(top.flatten(0, 1), None).view_as(parents)

@@ -10,6 +10,9 @@ As x shares a scale, a row's result depends, within the rounding, on the rows be
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -24,6 +27,11 @@ from .recurrent_base import State
 
 METHOD = "rnn_seq2seq_int8"
 
+# Products with more results than this are oneDNN's where torch has it, up to a quarter faster there; fbgemm, which is
+# torch's choice for all, is faster below.
+ONEDNN_RESULTS = 2**20
+PACKING = Lock()
+
 # Linear layers whose weight is read without a call: v of additive attention.
 NOT_CALLED = ("score_projection",)
 
@@ -36,6 +44,25 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # A row of zeros has any scale that is no denormal number.
     scale = weight.abs().amax(1).clamp(min=127 * torch.finfo(torch.float32).tiny) / 127
     return (weight / scale.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def engine_for(results: int) -> str:
+    """Which of torch's engines for whole numbers makes a product of so many numbers."""
+    own = torch.backends.quantized.engine
+    with_onednn = own == "x86" and "onednn" in torch.backends.quantized.supported_engines
+    return "onednn" if with_onednn and results > ONEDNN_RESULTS else own
+
+
+@contextmanager
+def quantized_engine(engine: str) -> Iterator[None]:
+    """torch packs for the engine that is set, in all threads."""
+    with PACKING:
+        before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = engine
+        try:
+            yield
+        finally:
+            torch.backends.quantized.engine = before
 
 
 class Int8Matrix(nn.Module):
@@ -88,8 +115,8 @@ class Int8Linear(Int8Matrix):
         super().__init__(weight.shape, weight if loaded else None)
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        # What the kernel reads, and the tensors that it was made of.
-        self.packed: tuple[torch.ScriptObject, tuple[torch.Tensor | None, ...]] | None = None
+        # What each engine's kernel reads, and the tensors that it was made of.
+        self.packed: dict[str, tuple[torch.ScriptObject, tuple[torch.Tensor | None, ...]]] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., I] -> [..., O], in x's type."""
@@ -104,17 +131,20 @@ class Int8Linear(Int8Matrix):
             )
         if x.numel() == 0:
             return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        results = x.numel() // self.in_features * self.out_features
         # Without VNNI pairs of products are added up in 16 bits, where x has one bit less.
         product = torch.ops.quantized.linear_dynamic(
-            x.to(torch.float32), self._pack(), not torch.cpu._is_vnni_supported()
+            x.to(torch.float32), self._pack(engine_for(results)), not torch.cpu._is_vnni_supported()
         )
         return product.to(x.dtype)
 
-    def _pack(self) -> torch.ScriptObject:
-        """In the kernel's layout, made at the first call and when there are other weights."""
+    def _pack(self, engine: str) -> torch.ScriptObject:
+        """In the layout of the engine's kernel, made at its first call and when there are other weights."""
         source = (self.weight, self.weight_scale, self.bias)
-        if self.packed is None or any(one is not other for one, other in zip(self.packed[1], source, strict=True)):
-            with warnings.catch_warnings():  # of quantised tensors, for whose kernel torch 2.13 has no other door
+        packed = self.packed.get(engine)
+        if packed is None or any(one is not other for one, other in zip(packed[1], source, strict=True)):
+            # Warnings are of quantised tensors, for whose kernel torch 2.13 has no other door.
+            with warnings.catch_warnings(), quantized_engine(engine):
                 warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
                 quantized = torch._make_per_channel_quantized_tensor(
                     self.weight.detach(),
@@ -123,15 +153,15 @@ class Int8Linear(Int8Matrix):
                     0,
                 )
                 bias = None if self.bias is None else self.bias.detach().float()
-                self.packed = torch.ops.quantized.linear_prepack(quantized, bias), source
-        return self.packed[0]
+                packed = self.packed[engine] = torch.ops.quantized.linear_prepack(quantized, bias), source
+        return packed[0]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.packed = None
+        self.packed = {}
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "packed": None}  # copies pack for themselves
+        return {**super().__getstate__(), "packed": {}}  # copies pack for themselves
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForSeq2SeqLM
 
 from hf_rnn_seq2seq import RnnSeq2SeqForConditionalGeneration, RnnSeq2SeqInt8Config
+from hf_rnn_seq2seq import int8 as int8_module
 from hf_rnn_seq2seq.int8 import Int8Embedding, Int8Linear, quantize, quantize_rows
 from hf_rnn_seq2seq.recurrent_layers import CELLS
 from tests.models import CONFIGURATIONS, batch_of, name_of, ragged_batch, tiny_config, tiny_model
@@ -102,6 +103,19 @@ def test_other_weights_are_packed_anew() -> None:
     one.load_state_dict(other.state_dict())
     torch.testing.assert_close(one(x), other(x))
     torch.testing.assert_close(twin(x), before)
+
+
+@pytest.mark.skipif("onednn" not in torch.backends.quantized.supported_engines, reason="needs oneDNN's kernels")
+def test_large_products_are_those_of_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.quantized, "engine", "x86")
+    linear = Int8Linear(torch.randn(33, 40), torch.randn(33), loaded=True).eval()
+    x = torch.randn(7, 40)
+    plain = linear(x)
+    assert list(linear.packed) == ["x86"]
+    monkeypatch.setattr(int8_module, "ONEDNN_RESULTS", 7 * 33 - 1)
+    torch.testing.assert_close(linear(x), plain)
+    assert list(linear.packed) == ["x86", "onednn"]
+    assert torch.backends.quantized.engine == "x86"
 
 
 def test_embeddings() -> None:

@@ -1,0 +1,70 @@
+"""The best continuations of beams, found block by block, are those of one search over all of them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_rnn_seq2seq import best_continuations as module
+from hf_rnn_seq2seq.best_continuations import BLOCK, best_continuations
+from tests.models import batch_of, ragged_batch, tiny_model
+
+
+def by_sorting(log_probs: torch.Tensor, running: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = (log_probs.view(*running.shape, -1) + running[:, :, None]).flatten(1)
+    places = scores.argsort(dim=1, descending=True)[:, :kept]
+    return scores.gather(1, places), places
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sources=st.integers(1, 4),
+    beams=st.integers(1, 6),
+    blocks=st.integers(12, 20),
+    tail=st.integers(0, BLOCK - 1),
+    seed=st.integers(0, 2**31),
+)
+def test_by_blocks_as_by_sorting(sources: int, beams: int, blocks: int, tail: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    kept, vocabulary = 2 * beams, blocks * BLOCK + tail
+    # Distinct scores: a permutation of whole numbers.
+    scores = torch.randperm(sources * beams * vocabulary, generator=generator).double()
+    log_probs = -scores.view(sources * beams, vocabulary)
+    running = -torch.randint(0, 1000, (sources, beams), generator=generator).double() - torch.arange(beams) / 8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "WORTH_BLOCKS", 0)
+        found = best_continuations(log_probs, running, kept)
+    for one, other in zip(found, by_sorting(log_probs, running, kept), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_blocks_are_used_from_a_size_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    by_blocks = module._by_blocks
+    monkeypatch.setattr(module, "_by_blocks", lambda *args: used.append(1) or by_blocks(*args))
+    running = torch.zeros(2, 5)
+    for vocabulary, times in ((100, 0), (6_000, 0), (10_000, 1)):
+        best_continuations(torch.randn(10, vocabulary), running, 10)
+        assert len(used) == times, vocabulary
+
+
+def test_fewer_possible_words_than_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WORTH_BLOCKS", 0)
+    log_probs = torch.full((4, 1000), -torch.inf)
+    log_probs[:, 7], log_probs[:, 900] = -0.5, -0.75
+    running = torch.tensor([[0.0, -1.0], [-3.0, 0.0]])
+    scores, places = best_continuations(log_probs, running, 6)
+    assert torch.equal(scores[0, :4], torch.tensor([-0.5, -0.75, -1.5, -1.75]))
+    assert scores[0, 4:].isneginf().all()
+    assert places[1, :4].tolist() == [1007, 1900, 7, 900]
+
+
+def test_beam_search_finds_what_transformers_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WORTH_BLOCKS", 0)
+    model = tiny_model(vocab_size=900, source_vocab_size=11)
+    batch = {**batch_of(model, *ragged_batch([4, 2, 3])), "max_new_tokens": 12}
+    for options in ({}, {"num_return_sequences": 3, "length_penalty": 0.5}, {"no_repeat_ngram_size": 2}):
+        model._fast_generation = True
+        ours = model.generate(**batch, num_beams=3, **options)
+        model._fast_generation = False
+        assert torch.equal(ours, model.generate(**batch, num_beams=3, **options))
