@@ -44,7 +44,7 @@ from transformers.generation import (
 )
 from transformers.utils import ModelOutput
 
-from .best_continuations import best_continuations
+from .best_words import best_continuations, best_words
 from .losses import as_logits
 from .step_products import shared_by_steps
 
@@ -254,7 +254,7 @@ def sample(
             if config.do_sample:
                 tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
             else:
-                tokens = scores.argmax(dim=-1)
+                tokens = best_words(scores)
             if fills_up:
                 tokens = torch.where(unfinished, tokens, pad)
             input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)

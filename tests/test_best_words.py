@@ -1,12 +1,12 @@
-"""The best continuations of beams, found block by block, are those of one search over all of them."""
+"""The best words, found block by block, are those of one search through all of them."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_rnn_seq2seq import best_continuations as module
-from hf_rnn_seq2seq.best_continuations import BLOCK, best_continuations
+from hf_rnn_seq2seq import best_words as module
+from hf_rnn_seq2seq.best_words import BLOCK, best_continuations, best_words
 from tests.models import batch_of, ragged_batch, tiny_model
 
 
@@ -38,6 +38,19 @@ def test_by_blocks_as_by_sorting(sources: int, beams: int, blocks: int, tail: in
         assert torch.equal(one, other)
 
 
+@settings(deadline=None, max_examples=60)
+@given(rows=st.integers(1, 5), vocabulary=st.integers(1, 400), values=st.integers(1, 50), seed=st.integers(0, 2**31))
+def test_best_words_are_the_first_of_the_best(rows: int, vocabulary: int, values: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, values, (rows, vocabulary), generator=generator).float()
+    scores[scores == 0] = -torch.inf
+    expected = [row.index(max(row)) for row in scores.tolist()]
+    assert best_words(scores).tolist() == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "WORTH_BLOCKS", 0)
+        assert best_words(scores).tolist() == expected
+
+
 def test_blocks_are_used_from_a_size_on(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     by_blocks = module._by_blocks
@@ -59,12 +72,17 @@ def test_fewer_possible_words_than_candidates(monkeypatch: pytest.MonkeyPatch) -
     assert places[1, :4].tolist() == [1007, 1900, 7, 900]
 
 
-def test_beam_search_finds_what_transformers_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_searches_find_what_transformers_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WORTH_BLOCKS", 0)
     model = tiny_model(vocab_size=900, source_vocab_size=11)
     batch = {**batch_of(model, *ragged_batch([4, 2, 3])), "max_new_tokens": 12}
-    for options in ({}, {"num_return_sequences": 3, "length_penalty": 0.5}, {"no_repeat_ngram_size": 2}):
+    for options in (
+        {"num_beams": 1},
+        {"num_beams": 3},
+        {"num_return_sequences": 3, "length_penalty": 0.5},
+        {"no_repeat_ngram_size": 2},
+    ):
         model._fast_generation = True
-        ours = model.generate(**batch, num_beams=3, **options)
+        ours = model.generate(**batch, **{"num_beams": 3, **options})
         model._fast_generation = False
-        assert torch.equal(ours, model.generate(**batch, num_beams=3, **options))
+        assert torch.equal(ours, model.generate(**batch, **{"num_beams": 3, **options}))

@@ -1,0 +1,85 @@
+"""
+The best words of a large vocabulary, found by blocks of neighbouring words: one quick pass over all of it finds each
+block's best score, and only the blocks with the best of these are searched.
+
+Shape letters: b sources, N beams a source, rows are b * N, K candidates a source, V vocabulary, D words a block.
+"""
+
+import torch
+
+# D: of 16 to 128 the fastest, at 5 beams and vocabularies of 8,000 and 32,000.
+BLOCK = 64
+# For fewer numbers than this a single search is as fast. (On a CPU; on others it was not measured.)
+WORTH_BLOCKS = 2**16
+
+
+def best_words(scores: torch.Tensor) -> torch.Tensor:
+    """`scores.argmax(1)`, the first of equal ones, [rows, V] -> [rows]."""
+    if not _worth_blocks(scores, 1):
+        return scores.argmax(dim=1)
+    block = _maxima(scores).argmax(dim=1)
+    words = _words(block).clamp(max=scores.size(1) - 1)  # [rows, D]
+    return words.gather(1, scores.gather(1, words).argmax(dim=1, keepdim=True)).squeeze(1)
+
+
+def best_continuations(
+    log_probs: torch.Tensor, running_scores: torch.Tensor, kept: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The K best of score(beam) + log p(word | beam), best first.
+
+    Of continuations with exactly equal scores it may choose others than one search over all.
+
+    Args:
+        log_probs: [b * N, V].
+        running_scores: [b, N].
+        kept: K.
+
+    Returns:
+        Their scores [b, K], and their places in a source's N * V continuations [b, K].
+    """
+    sources, beams = running_scores.shape
+    vocabulary = log_probs.size(1)
+    flat = log_probs.reshape(sources, beams * vocabulary)
+    if _worth_blocks(log_probs, kept):
+        best, places = _by_blocks(log_probs, flat, running_scores, kept)
+        if not best[:, -1].isneginf().any():  # else words without a probability, which all tie, are among the best
+            return best, places
+    scores = flat.view(sources, beams, vocabulary) + running_scores[:, :, None]
+    best, places = scores.flatten(1).topk(kept)
+    return best, places
+
+
+def _by_blocks(
+    log_probs: torch.Tensor, flat: torch.Tensor, running_scores: torch.Tensor, kept: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`flat`: log_probs as [b, N * V]."""
+    (sources, beams), vocabulary = running_scores.shape, log_probs.size(1)
+    maxima = _maxima(log_probs)
+    blocks = maxima.size(1)
+    maxima = maxima.view(sources, beams, blocks) + running_scores[:, :, None]
+    chosen = maxima.flatten(1).topk(kept).indices  # the K best words lie in these blocks, [b, K]
+    beam, words = chosen // blocks, _words(chosen % blocks)
+    places = (beam[:, :, None] * vocabulary + words.clamp(max=vocabulary - 1)).flatten(1)
+    scores = flat.gather(1, places).view_as(words) + running_scores.gather(1, beam)[:, :, None]
+    scores = scores.masked_fill(words >= vocabulary, -torch.inf).flatten(1)
+    best, where = scores.topk(kept)
+    return best, places.gather(1, where)
+
+
+def _worth_blocks(scores: torch.Tensor, kept: int) -> bool:
+    return scores.is_cpu and scores.numel() >= WORTH_BLOCKS and scores.size(1) >= BLOCK * kept
+
+
+def _maxima(scores: torch.Tensor) -> torch.Tensor:
+    """Each block's best score, [rows, V] -> [rows, V / D rounded up]."""
+    whole = scores.size(1) // BLOCK * BLOCK
+    maxima = scores[:, :whole].unflatten(1, (-1, BLOCK)).amax(2)
+    if whole == scores.size(1):
+        return maxima
+    return torch.cat((maxima, scores[:, whole:].amax(1, keepdim=True)), dim=1)
+
+
+def _words(blocks: torch.Tensor) -> torch.Tensor:
+    """The words of blocks, [...] -> [..., D]; in the last one they may go beyond the vocabulary."""
+    return blocks.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=blocks.device)
