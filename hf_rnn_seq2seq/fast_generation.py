@@ -45,6 +45,7 @@ from transformers.generation import (
 from transformers.utils import ModelOutput
 
 from .best_words import best_continuations, best_words
+from .host_memory import keep_for_steps
 from .losses import as_logits
 from .step_products import shared_by_steps
 
@@ -244,6 +245,8 @@ def sample(
     ended = Ended(input_ids.size(0), input_ids.device)
     unfinished = torch.ones_like(ended.running, dtype=torch.bool)
 
+    if input_ids.is_cpu:
+        keep_for_steps()
     with shared_by_steps(packed=True):
         outputs = model._prefill(input_ids, config, model_kwargs)
         steps = first_steps(model, outputs, model_kwargs)
@@ -327,6 +330,8 @@ def search_beams(
     is_finished = torch.zeros_like(running_scores, dtype=torch.bool)
     may_improve = torch.ones(sources, 1, dtype=torch.bool, device=device)
 
+    if input_ids.is_cpu:
+        keep_for_steps()
     with shared_by_steps(packed=True):
         outputs = model._prefill(prompt, config, model_kwargs)
         steps = first_steps(model, outputs, model_kwargs)
