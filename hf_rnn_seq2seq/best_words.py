@@ -38,22 +38,16 @@ def best_continuations(
     Returns:
         Their scores [b, K], and their places in a source's N * V continuations [b, K].
     """
-    sources, beams = running_scores.shape
-    vocabulary = log_probs.size(1)
-    flat = log_probs.reshape(sources, beams * vocabulary)
     if _worth_blocks(log_probs, kept):
-        best, places = _by_blocks(log_probs, flat, running_scores, kept)
+        best, places = _by_blocks(log_probs, running_scores, kept)
         if not best[:, -1].isneginf().any():  # else words without a probability, which all tie, are among the best
             return best, places
-    scores = flat.view(sources, beams, vocabulary) + running_scores[:, :, None]
+    scores = log_probs.reshape(*running_scores.shape, -1) + running_scores[:, :, None]
     best, places = scores.flatten(1).topk(kept)
     return best, places
 
 
-def _by_blocks(
-    log_probs: torch.Tensor, flat: torch.Tensor, running_scores: torch.Tensor, kept: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`flat`: log_probs as [b, N * V]."""
+def _by_blocks(log_probs: torch.Tensor, running_scores: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
     (sources, beams), vocabulary = running_scores.shape, log_probs.size(1)
     maxima = _maxima(log_probs)
     blocks = maxima.size(1)
@@ -61,7 +55,9 @@ def _by_blocks(
     chosen = maxima.flatten(1).topk(kept).indices  # the K best words lie in these blocks, [b, K]
     beam, words = chosen // blocks, _words(chosen % blocks)
     places = (beam[:, :, None] * vocabulary + words.clamp(max=vocabulary - 1)).flatten(1)
-    scores = flat.gather(1, places).view_as(words) + running_scores.gather(1, beam)[:, :, None]
+    scores = (
+        log_probs.reshape(sources, -1).gather(1, places).view_as(words) + running_scores.gather(1, beam)[:, :, None]
+    )
     scores = scores.masked_fill(words >= vocabulary, -torch.inf).flatten(1)
     best, where = scores.topk(kept)
     return best, places.gather(1, where)

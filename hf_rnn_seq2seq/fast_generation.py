@@ -245,8 +245,7 @@ def sample(
     ended = Ended(input_ids.size(0), input_ids.device)
     unfinished = torch.ones_like(ended.running, dtype=torch.bool)
 
-    if input_ids.is_cpu:
-        keep_for_steps()
+    keep_for_steps(input_ids.device)
     with shared_by_steps(packed=True):
         outputs = model._prefill(input_ids, config, model_kwargs)
         steps = first_steps(model, outputs, model_kwargs)
@@ -330,8 +329,7 @@ def search_beams(
     is_finished = torch.zeros_like(running_scores, dtype=torch.bool)
     may_improve = torch.ones(sources, 1, dtype=torch.bool, device=device)
 
-    if input_ids.is_cpu:
-        keep_for_steps()
+    keep_for_steps(input_ids.device)
     with shared_by_steps(packed=True):
         outputs = model._prefill(prompt, config, model_kwargs)
         steps = first_steps(model, outputs, model_kwargs)

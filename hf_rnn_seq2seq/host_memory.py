@@ -21,12 +21,13 @@ LARGEST_PIECE = 2**28  # bytes
 ADAPTS_TO = 2**25 - 2**13
 
 
-def keep_for_steps() -> None:
+def keep_for_steps(device: torch.device) -> None:
     """
-    Let glibc keep 64 MB: it learns what a program needs from the pieces that are freed, so one is, untouched. It
-    changes nothing where the allocator is another one or the user has set its thresholds.
+    For steps on a CPU, let glibc keep 64 MB: it learns what a program needs from the pieces that are freed, so one
+    is, untouched. It changes nothing where the allocator is another one or the user has set its thresholds.
     """
-    torch.empty(ADAPTS_TO, dtype=torch.uint8)
+    if device.type == "cpu":
+        torch.empty(ADAPTS_TO, dtype=torch.uint8)
 
 
 def keep_for_training() -> bool:

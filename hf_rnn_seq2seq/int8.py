@@ -49,8 +49,9 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def engine_for(results: int) -> str:
     """Which of torch's engines for whole numbers makes a product of so many numbers."""
     own = torch.backends.quantized.engine
-    with_onednn = own == "x86" and "onednn" in torch.backends.quantized.supported_engines
-    return "onednn" if with_onednn and results > ONEDNN_RESULTS else own
+    if results <= ONEDNN_RESULTS or own != "x86" or "onednn" not in torch.backends.quantized.supported_engines:
+        return own
+    return "onednn"
 
 
 @contextmanager
