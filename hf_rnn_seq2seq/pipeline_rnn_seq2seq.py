@@ -75,7 +75,7 @@ class Reading(NamedTuple):
     lengths: torch.Tensor  # [N], tokens up to and with the end of sequence
     scores: torch.Tensor  # [N], see `Hypothesis`
     attention: torch.Tensor | None  # [N, T, M]
-    memory_mask: torch.Tensor | None  # [B, M]
+    memory_mask: torch.Tensor  # [B, M], a source's
     alternatives: tuple[torch.Tensor, torch.Tensor] | None  # probabilities and ids, [N, T, k]
 
     @property
@@ -102,11 +102,16 @@ def read_sequences(
         sequences: [N, T + 1] ids as generate() returned them, the first the decoder's start.
         settings: of the `GenerationConfig` that generated them, as a dictionary: where a sequence ends, and what
             penalties its score has.
-        with_attention: give `attention` and `memory_mask`; the model must have attention.
+        with_attention: give `attention`; the model must have attention.
         num_alternatives: k of `alternatives`.
     """
     repeats = len(sequences) // len(inputs["input_ids"])
-    repeated = {name: tensor.repeat_interleave(repeats, dim=0) for name, tensor in inputs.items()}
+    # A source is encoded once, however many sequences it has.
+    encoded = model.get_encoder()(inputs["input_ids"], inputs["attention_mask"], return_dict=True)
+    memory_mask = encoded.memory_mask  # [B, M]
+    others = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
+    expand: Any = model._expand_inputs_for_generation
+    _, repeated = expand(repeats, is_encoder_decoder=True, encoder_outputs=encoded, **others)
     beta = settings.get("coverage_penalty")
     attends = {"output_attentions": True} if beta or with_attention else {}
     outputs = model(**repeated, decoder_input_ids=sequences[:, :-1], use_cache=False, **attends)
@@ -129,14 +134,11 @@ def read_sequences(
     score = (
         total / length ** (1.0 if power is None else power) if alpha is None else total / ((5 + length) / 6) ** alpha
     )
-    attention = memory_mask = None
+    attention = None
     if attends:
         attention = outputs.cross_attentions[-1].float().mean(1) * counts[..., None]  # [N, T, M]
-        encoded = model.get_encoder()(inputs["input_ids"], inputs["attention_mask"], return_dict=True)
-        memory_mask = encoded.memory_mask
     if beta:  # Wu et al. 2016, eq. 14
         assert attention is not None
-        assert memory_mask is not None
         covered = attention.sum(1).clamp(torch.finfo(torch.float32).tiny, 1.0).log()  # [N, M]
         score = score + beta * (covered * memory_mask.repeat_interleave(repeats, dim=0)).sum(-1)
     alternatives = None

@@ -195,6 +195,17 @@ def test_alternatives_are_the_likeliest_tokens_at_each_place(pipe: Any) -> None:
     assert all(len(alternatives) == pipe.model.config.vocab_size for alternatives in every["alternatives"])
 
 
+def test_scores_read_a_source_once_however_many_hypotheses_it_has(pipe: Any) -> None:
+    encoded: list[int] = []
+    hook = pipe.model.get_encoder().register_forward_hook(lambda _, inputs, output: encoded.append(len(output[0])))
+    search = {"num_beams": 4, "num_return_sequences": 4, "coverage_penalty": 0.3}
+    try:
+        pipe(TEXTS[:2], return_scores=True, return_alignments=True, batch_size=2, **search)
+    finally:
+        hook.remove()
+    assert encoded == [2, 2]  # generate()'s, then the scores'
+
+
 def test_a_hypothesis_has_what_was_asked_for_and_no_more(pipe: Any) -> None:
     scores = {"score", "log_probability", "token_log_probabilities"}
     for options, keys in (
