@@ -10,6 +10,7 @@ Shape letters: B sources, b those that still run, N beams a source, K candidates
 vocabulary; rows are b, under beam search b * N.
 """
 
+from functools import cached_property
 from typing import Any, Protocol, cast
 
 import torch
@@ -45,9 +46,12 @@ from transformers.generation import (
 from transformers.utils import ModelOutput
 
 from .best_words import best_continuations, best_words
+from .heads import LinearHead
 from .host_memory import keep_for_steps
 from .losses import as_logits
+from .screening import Screen, screen_of
 from .step_products import shared_by_steps
+from .wirings import StepOutput
 
 # Those whose answer for a row depends on nothing but this row, so that other rows may be missing. (By their types:
 # a subclass may do anything.)
@@ -88,6 +92,10 @@ class Steps(Protocol):
         """Reads every row's next token: [rows] -> logits [rows, V]."""
         ...
 
+    def best(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Reads every row's next token, and finds the best one after it: [rows] -> [rows]."""
+        ...
+
     def select(self, rows: torch.Tensor) -> None:
         """Goes on with these rows alone. Of rows that were repeated it takes all of a source, or none."""
         ...
@@ -121,10 +129,24 @@ class DecodingSteps:
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         if self.model.head.copies:
             tokens = tokens.masked_fill(tokens >= self.config.vocab_size, self.config.unk_token_id)
+        scores = self.model._scores(self.source_ids, self.read(tokens), self.copy_ids)[:, -1]
+        return as_logits(scores, self.config.output_normalizer)
+
+    def best(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.screen is None:
+            return best_words(self(tokens).float())
+        inputs = self.model._head_input(self.source_ids, self.read(tokens), self.copy_ids)
+        return self.screen.best(self.model.head.before_output(inputs)[:, -1])
+
+    def read(self, tokens: torch.Tensor) -> StepOutput:
+        """What the decoder makes of every row's next token: [rows] -> [rows, 1, ...]."""
         x = self.decoder.embed_tokens(tokens).unsqueeze(1)  # [rows, 1, E]
         output, self.state = self.decoder(x, self.state, self.prepared)
-        scores = self.model._scores(self.source_ids, output, self.copy_ids)[:, -1]
-        return as_logits(scores, self.config.output_normalizer)
+        return cast(StepOutput, output)
+
+    @cached_property
+    def screen(self) -> Screen | None:
+        return output_screen(self.model)
 
     def select(self, rows: torch.Tensor) -> None:
         sources = rows[:: self.sharing] // self.sharing
@@ -229,6 +251,13 @@ def enough_to_drop(ended: torch.Tensor) -> bool:
     return int(ended.sum()) >= max(1, len(ended) * DROPPED_PART)
 
 
+def output_screen(model: Any) -> Screen | None:
+    """Of an output layer whose best word is the model's."""
+    head: Any = getattr(model, "head", None)
+    is_product = isinstance(head, LinearHead) and type(head).forward is LinearHead.forward
+    return screen_of(head.output) if is_product and model.config.output_normalizer == "softmax" else None
+
+
 def sample(
     model: Any,
     input_ids: torch.Tensor,
@@ -242,21 +271,25 @@ def sample(
     pad = cast(Any, config)._pad_token_tensor
     fills_up = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     may_drop = fills_up and rows_are_independent(config, logits_processor, stopping_criteria)
+    wants_scores = config.do_sample or bool(logits_processor)
     ended = Ended(input_ids.size(0), input_ids.device)
     unfinished = torch.ones_like(ended.running, dtype=torch.bool)
 
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        scores = logits_processor(input_ids, logits.float())  # type: ignore[arg-type]
+        if config.do_sample:
+            return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        return best_words(scores)
+
     keep_for_steps(input_ids.device)
     with shared_by_steps(packed=True):
+        if not wants_scores:
+            output_screen(model)  # before the output layer is packed for scores that later steps won't make
         outputs = model._prefill(input_ids, config, model_kwargs)
         steps = first_steps(model, outputs, model_kwargs)
-        logits = outputs.logits[:, -1].clone()
+        tokens = choose(outputs.logits[:, -1].clone())
         del outputs
         while True:
-            scores = logits_processor(input_ids, logits.float())  # type: ignore[arg-type]
-            if config.do_sample:
-                tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
-            else:
-                tokens = best_words(scores)
             if fills_up:
                 tokens = torch.where(unfinished, tokens, pad)
             input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)
@@ -267,7 +300,7 @@ def sample(
                 going_on = ended.add(~unfinished, input_ids[~unfinished])
                 input_ids, tokens, unfinished = (one[going_on] for one in (input_ids, tokens, unfinished))
                 steps.select(going_on)
-            logits = steps(tokens)
+            tokens = choose(steps(tokens)) if wants_scores else steps.best(tokens)
     ended.add(~unfinished, input_ids)
     return cast(torch.LongTensor, ended.all_sequences(fill=0 if pad is None else int(pad)))
 

@@ -24,7 +24,14 @@ PACKED_SIZE = 2**18
 class LoopWeight:
     """A weight for as long as one loop runs: in the type that the products want, and what its gradient waits for."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, packed: bool = False):
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        packed: bool = False,
+        spared: int = 0,
+    ):
         self.original = weight  # kept alive: its id is its name
         self.weight = weight.detach().to(dtype)  # once a loop, not once a step
         self.bias = None if bias is None else bias.detach().to(dtype)
@@ -34,10 +41,16 @@ class LoopWeight:
         self.task = -1
         self.steps: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.token = _Weight.apply(self, weight, bias) if self.needs_grad else None
-        self.packed = pack(self.weight) if packed and not self.needs_grad else None
+        self.spared = spared  # so many products come before it is packed
+        self.packed: torch.Tensor | None = None
+        self.to_pack = packed and not self.needs_grad
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """W x + b [..., O] of one step, x [..., I], without a gradient."""
+        if self.to_pack and self.spared:
+            self.spared -= 1
+        elif self.to_pack:
+            self.packed, self.to_pack = pack(self.weight), False
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.packed, self.bias, "none", [], "")
@@ -114,6 +127,7 @@ class LoopWeights(dict[int, LoopWeight]):
     def __init__(self, packed: bool):
         super().__init__()
         self.packed = packed
+        self.screens: dict[int, Any] = {}  # those of `screening.screen_of`
 
 
 # The weights of the loop that runs, by identity; none outside of loops.
@@ -121,6 +135,11 @@ _weights: ContextVar[LoopWeights | None] = ContextVar("weights of the time loop"
 
 # Those that loops without gradients share, inside `packed_weights`.
 _packed: ContextVar[LoopWeights | None] = ContextVar("packed weights", default=None)
+
+
+def loop_weights() -> LoopWeights | None:
+    """Those of the loop that runs."""
+    return _weights.get()
 
 
 @contextmanager
@@ -169,7 +188,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         device_type = x.device.type
         autocast = torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device_type) if autocast else weight.dtype
-        record = weights[id(weight)] = LoopWeight(weight, bias, dtype, weights.packed)
+        # What has a screen makes a first step's scores, and then mostly none.
+        record = weights[id(weight)] = LoopWeight(
+            weight, bias, dtype, weights.packed, spared=int(id(weight) in weights.screens)
+        )
     if record.token is None:
         return record.product(x)
     return _Product.apply(record.token, record, x.to(record.weight.dtype))

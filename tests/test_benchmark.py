@@ -66,6 +66,25 @@ def test_decoding_in_every_precision(tmp_path: Path, capsys: pytest.CaptureFixtu
         main(["decode", *files, "--opennmt_model", "model.pt", "--opennmt_python", sys.executable])
 
 
+def test_decoding_with_larger_vocabularies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = RnnSeq2SeqTokenizer(train_tokenizer(["abc"], "char"), train_tokenizer(["x y z"], "symbols"))
+    model = tiny_model(source_vocab_size=tokenizer.source_vocab_size, vocab_size=len(tokenizer)).float()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    (tmp_path / "source").write_text("abc\nb\nca\n", encoding="utf-8")
+    command = ["vocabulary", f"--source={tmp_path / 'source'}", "--threads", "1", "--rounds", "1"]
+    main = load_script("benchmark").main
+    main([*command, f"--model={tmp_path / 'model'}", f"--output={tmp_path / 'vocabulary.json'}"])
+    rows = rows_of(tmp_path / "vocabulary.json")
+    assert [(row["times"], row["batch_size"], row["name"]) for row in rows[::3]] == [
+        (1, 1, "all words"), (1, 64, "screened"), (4, 64, "all words"), (16, 1, "screened"),
+    ]  # fmt: skip
+    assert all(row["same_output"] == 1 for row in rows[1::2])
+    assert "16 times the vocabulary" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="vocabulary needs --model and --source"):
+        main(command)
+
+
 @pytest.mark.slow
 def test_compiling(tmp_path: Path) -> None:
     sizes = ["--batch_size", "2", "--length", "5", "--vocab", "50", "--width", "16", "--rounds", "2"]

@@ -3,6 +3,7 @@
     python training_scripts/benchmark.py train --opennmt_python ~/opennmt/bin/python
     python training_scripts/benchmark.py decode --opennmt_python ~/opennmt/bin/python --opennmt_model model.pt \\
         --source test.en
+    python training_scripts/benchmark.py vocabulary --model outputs/multi30k_en_de --source test.en
     python training_scripts/benchmark.py scaling
 
 Every toolkit is a process of its own that waits for its turn: they work one after another, round by round, so that
@@ -18,6 +19,10 @@ for a peer, too.
 decode: a model that OpenNMT-py has trained, and the same converted to ours: the same weights and words; or, with
 --model, one of ours in several precisions. Sentences a second from text to text, and the share of sentences for which
 the output is the first one's; with --target how good they are.
+
+vocabulary: greedy search in float32 with --model's target vocabulary and with larger ones, which are filled up with
+words that look like its own and are hardly ever chosen: by exact scores of all words, and of those alone that a rough
+product leaves (hf_rnn_seq2seq/screening.py). Where the CPU has no bfloat16 products both are the same.
 
 scaling: time of an update over source length, target length, batch, width and vocabulary, one at a time, with additive
 attention and input feeding, and a plot.
@@ -257,6 +262,33 @@ def decode(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def vocabulary(options: argparse.Namespace) -> list[dict[str, Any]]:
+    if options.source is None or options.model is None:
+        raise SystemExit("vocabulary needs --model and --source.")
+    ours = Worker(sys.executable, "our", options.threads)
+    sentences = options.source.read_text(encoding="utf-8").splitlines()[: options.sentences]
+    outputs: dict[bool, list[str]] = {}
+
+    def speed(screens: bool, some: list[str], batch_size: int) -> float:
+        result = ours.decode(name="model", sentences=some, batch_size=batch_size, beams=1, screens=screens)
+        outputs[screens] = result["outputs"]
+        return len(some) / result["seconds"]
+
+    rows = []
+    for times in (1, 4, 16):
+        size = ours.load(name="model", folder=str(options.model), times=times)
+        for batch_size, some in ((1, sentences[: max(len(sentences) // 10, 1)]), (64, sentences)):
+            print(f"\n{times} times the vocabulary, {size / 1e6:.0f} MB of weights, batches of {batch_size}:")
+            contestants = {"all words": partial(speed, False, some, batch_size)}
+            contestants["screened"] = partial(speed, True, some, batch_size)
+            for row in table(rounds(contestants, options.rounds), "sentences/s", "all words"):
+                rows.append({"times": times, "batch_size": batch_size, **row})
+            same = sum(a == b for a, b in zip(outputs[False], outputs[True], strict=True)) / len(some)
+            print(f"    the same output for {same:.1%}")
+            rows[-1]["same_output"] = same
+    return rows
+
+
 def quality(outputs: list[str], target: Path | None) -> str:
     """Of outputs beside the first references of a file: BLEU without tokenizing, and how many differ."""
     if target is None:
@@ -342,7 +374,7 @@ def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "decode", "scaling"))
+    parser.add_argument("what", choices=("train", "decode", "vocabulary", "scaling"))
     parser.add_argument("--opennmt_python", help="a Python that has OpenNMT-py 3")
     parser.add_argument("--joeynmt_python", help="a Python that has JoeyNMT 2")
     parser.add_argument("--opennmt_model", type=Path, help="a checkpoint that OpenNMT-py has saved, for decode")
@@ -363,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--embedding", type=int, default=256)
     parser.add_argument("--output", type=Path, help="a JSON file; scaling also puts a plot beside it")
     options = parser.parse_args(argv)
-    rows = {"train": train, "decode": decode, "scaling": scaling}[options.what](options)
+    rows = {"train": train, "decode": decode, "vocabulary": vocabulary, "scaling": scaling}[options.what](options)
     if options.output is not None:
         record = {"machine": machine(options.threads), "what": options.what, "rows": rows}
         options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

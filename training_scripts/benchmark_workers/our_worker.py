@@ -4,13 +4,14 @@ import contextlib
 import resource
 import time
 from typing import Any
+from unittest import mock
 
 import torch
 from serve import Batch, padded, serve, timed_updates
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import hf_rnn_seq2seq.decoder
-from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration
+from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration, screening
 
 PAD, START, END = 0, 1, 2
 models: dict[str, Any] = {}
@@ -81,25 +82,50 @@ def limit(
     return sum(seconds)
 
 
-def load(name: str, folder: str, dtype: str = "float32", int8: bool = False, packed: bool = False) -> int:
-    """The number of bytes of its weights. `packed`: matrices are packed once for all batches, not by each call."""
+def load(
+    name: str, folder: str, dtype: str = "float32", int8: bool = False, packed: bool = False, times: int = 1
+) -> int:
+    """
+    The number of bytes of its weights. `packed`: matrices are packed once for all batches, not by each call. `times`:
+    the target vocabulary becomes so many times as large, by words that look like its own and are hardly ever chosen.
+    """
     extra: dict[str, Any] = {}
     if int8:
         from hf_rnn_seq2seq.int8 import RnnSeq2SeqInt8Config
 
         extra["quantization_config"] = RnnSeq2SeqInt8Config()
     model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=getattr(torch, dtype), **extra).eval()
+    if times > 1:
+        words = model.config.vocab_size
+        model.resize_token_embeddings(times * words, mean_resizing=False)
+        output, generator = model.get_output_embeddings(), torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for copy in range(1, times):
+                order, place = torch.randperm(words, generator=generator), slice(copy * words, (copy + 1) * words)
+                noise = torch.randn(output.weight[:words].shape, generator=generator) * output.weight.std()
+                output.weight[place] = output.weight[order] + 0.1 * noise
+                output.bias[place] = output.bias[order] - 8
     models[name] = (model, AutoTokenizer.from_pretrained(folder), packed)
     return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
-def decode(name: str, sentences: list[str], batch_size: int, beams: int, max_length: int = 60) -> dict[str, Any]:
-    """Seconds and outputs; batches in the order of the sentences' lengths, outputs in the order given."""
+def decode(
+    name: str, sentences: list[str], batch_size: int, beams: int, max_length: int = 60, screens: bool = True
+) -> dict[str, Any]:
+    """
+    Seconds and outputs; batches in the order of the sentences' lengths, outputs in the order given. Without `screens`
+    exact scores are made of all words.
+    """
     model, tokenizer, packed = models[name]
     start = time.perf_counter()
     order = sorted(range(len(sentences)), key=lambda index: -len(sentences[index].split()))
     outputs = [""] * len(sentences)
-    with torch.inference_mode(), model.packed() if packed else contextlib.nullcontext():
+    worth = screening.WORTH_SCREENING if screens else 2**62
+    with (
+        torch.inference_mode(),
+        model.packed() if packed else contextlib.nullcontext(),
+        mock.patch.object(screening, "WORTH_SCREENING", worth),
+    ):
         for first in range(0, len(order), batch_size):
             indices = order[first : first + batch_size]
             batch = tokenizer([sentences[index] for index in indices], return_tensors="pt", padding=True)
