@@ -27,6 +27,7 @@ from .heads import HEADS, HeadInput, check_copy_ids
 from .int8 import register
 from .losses import as_logits, coverage_loss
 from .scheduled_sampling import OwnInputs, ScheduledSampling
+from .step_products import StepLinear
 from .wirings import StepOutput
 
 
@@ -381,6 +382,8 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
         return self.head.output
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        if type(new_embeddings) is nn.Linear:  # as transformers makes when it resizes
+            new_embeddings.__class__ = StepLinear  # which differs in how it makes its product
         self.head.output = new_embeddings
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:

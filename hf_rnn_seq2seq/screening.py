@@ -35,12 +35,15 @@ class Screen:
         self.weight = weight.detach()
         self.bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
         filling = -len(weight) % BLOCK  # of the last block
-        self.rough_weight = F.pad(self.weight.bfloat16(), (0, 0, 0, filling))
+        rough = self.weight.new_zeros((len(weight) + filling, weight.size(1)), dtype=torch.bfloat16)
+        rough[: len(weight)] = self.weight
         self.rough_bias = F.pad(self.bias, (0, filling), value=-torch.inf)
-        self.packed = pack(self.rough_weight)
+        self.packed = pack(rough)
+        self.rough_weight = rough if self.packed is None else None  # only one of them is needed
         rounded = 3 * ROUNDING + 3 * ROUNDING**2 + ROUNDING**3  # (1 + u)^3 - 1
         self.error = (rounded + weight.size(1) * 2**-22) * self.weight.norm(dim=1).amax().item()
         self.is_useful = True  # until one batch has too many candidates
+        self.room = torch.empty(0)  # for rough scores: new memory at every step would cost more than they do
 
     def best(self, x: torch.Tensor) -> torch.Tensor:
         """`argmax_v (W x + b)_v`, the first of equal ones: [R, H] -> [R]."""
@@ -74,11 +77,16 @@ class Screen:
         return None if (first == vocabulary).any() else first
 
     def _rough_scores(self, x: torch.Tensor) -> torch.Tensor:
-        """In float32, [R, V rounded up to whole blocks]."""
+        """In float32, [R, V rounded up to whole blocks]; the next call overwrites them."""
         rounded = x.bfloat16()
-        if self.packed is None:
-            return F.linear(rounded, self.rough_weight) + self.rough_bias
-        return torch.ops.mkldnn._linear_pointwise(rounded, self.packed, None, "none", [], "") + self.rough_bias
+        if self.rough_weight is not None:
+            products = F.linear(rounded, self.rough_weight)
+        else:
+            products = torch.ops.mkldnn._linear_pointwise(rounded, self.packed, None, "none", [], "")
+        if self.room.numel() < products.numel():
+            with torch.inference_mode(False):  # a tensor that can be written to in other modes, too
+                self.room = torch.empty(products.numel())
+        return torch.add(products, self.rough_bias, out=self.room[: products.numel()].view_as(products))
 
     def _errors(self, x: torch.Tensor) -> torch.Tensor:
         """

@@ -8,6 +8,7 @@ from models import CONFIGURATIONS, VOCABULARY, batch_of, name_of, ragged_batch, 
 from transformers import AutoModel, AutoModelForSeq2SeqLM
 
 from hf_rnn_seq2seq import RnnSeq2SeqForConditionalGeneration, RnnSeq2SeqModel
+from hf_rnn_seq2seq.step_products import StepLinear
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
 LENGTHS = [5, 1, 3]
@@ -33,6 +34,7 @@ def test_resizing_one_vocabulary(tied: bool, cls: str) -> None:
     if cls == "head":
         assert out.logits.shape[-1] == VOCABULARY + 4
         assert (model.get_output_embeddings().weight is returned.weight) == tied
+        assert type(model.get_output_embeddings()) is StepLinear  # else its products are slower
     with pytest.raises(ValueError, match="one vocabulary"):
         model.resize_source_token_embeddings(20)
 
@@ -47,6 +49,7 @@ def test_resizing_two_vocabularies(tied: bool, tmp_path: Any) -> None:
     assert model.get_input_embeddings() is source
     assert model.get_decoder().get_input_embeddings() is target
     assert (model.get_output_embeddings().weight is target.weight) == tied
+    assert type(model.get_output_embeddings()) is StepLinear
     out = model(torch.tensor([[13]]), decoder_input_ids=torch.tensor([[VOCABULARY + 1]]))
     assert out.logits.shape[-1] == VOCABULARY + 2
     model.save_pretrained(tmp_path)

@@ -152,6 +152,18 @@ def test_what_is_no_number_is_left_to_exact_scores(value: float) -> None:
     assert torch.equal(screen.best(x)[[0, 2]], expected[[0, 2]])
 
 
+def test_a_screen_serves_every_mode_and_number_of_rows() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(1000, 16), torch.randn(9, 16)
+    expected = (x @ weight.T).argmax(1)
+    screen = Screen(weight, None)
+    for rows in (3, 9, 1):
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                assert torch.equal(screen.best(x[:rows]), expected[:rows])
+    assert screen.is_useful
+
+
 def test_too_many_candidates_end_the_search(searched: list[int]) -> None:
     torch.manual_seed(0)
     screen = Screen(torch.full((5000, 16), 0.5), None)
