@@ -32,18 +32,19 @@ class Screen:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        self.weight = weight.detach()
-        self.bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
+        self.weight, self.bias = weight, bias
         filling = -len(weight) % BLOCK  # of the last block
-        rough = self.weight.new_zeros((len(weight) + filling, weight.size(1)), dtype=torch.bfloat16)
-        rough[: len(weight)] = self.weight
-        self.rough_bias = F.pad(self.bias, (0, filling), value=-torch.inf)
+        rough = weight.new_zeros((len(weight) + filling, weight.size(1)), dtype=torch.bfloat16)
+        rough[: len(weight)] = weight
+        self.padded_bias = F.pad(
+            weight.new_zeros(len(weight)) if bias is None else bias, (0, filling), value=-torch.inf
+        )
         self.packed = pack(rough)
         self.rough_weight = rough if self.packed is None else None  # only one of them is needed
         rounded = 3 * ROUNDING + 3 * ROUNDING**2 + ROUNDING**3  # (1 + u)^3 - 1
-        self.error = (rounded + weight.size(1) * 2**-22) * self.weight.norm(dim=1).amax().item()
+        self.error = (rounded + weight.size(1) * 2**-22) * weight.norm(dim=1).amax().item()
         self.is_useful = True  # until one batch has too many candidates
-        self.room = torch.empty(0)  # for rough scores: new memory at every step would cost more than they do
+        self.room = weight.new_empty(0)  # for rough scores: new memory at every step would cost more than they do
 
     def best(self, x: torch.Tensor) -> torch.Tensor:
         """`argmax_v (W x + b)_v`, the first of equal ones: [R, H] -> [R]."""
@@ -66,11 +67,11 @@ class Screen:
             return None
         places, offsets = (rough[rows, blocks] >= thresholds[rows]).nonzero().unbind(1)  # [P]
         rows, words = rows[places], blocks[places] * BLOCK + offsets
-        if torch.equal(rows, torch.arange(number)):  # one each
+        if torch.equal(rows, torch.arange(number, device=rows.device)):  # one each
             return words
         if len(rows) > most:
             return None
-        exact = (self.weight[words] * x[rows]).sum(1) + self.bias[words]
+        exact = (self.weight[words] * x[rows]).sum(1) + self.padded_bias[words]
         best = exact.new_full((number,), -torch.inf).scatter_reduce(0, rows, exact, "amax")
         words = words.where(exact >= best[rows], vocabulary)
         first = words.new_full((number,), vocabulary).scatter_reduce(0, rows, words, "amin")
@@ -85,8 +86,8 @@ class Screen:
             products = torch.ops.mkldnn._linear_pointwise(rounded, self.packed, None, "none", [], "")
         if self.room.numel() < products.numel():
             with torch.inference_mode(False):  # a tensor that can be written to in other modes, too
-                self.room = torch.empty(products.numel())
-        return torch.add(products, self.rough_bias, out=self.room[: products.numel()].view_as(products))
+                self.room = torch.empty(products.numel(), dtype=torch.float32, device=x.device)
+        return torch.add(products, self.padded_bias, out=self.room[: products.numel()].view_as(products))
 
     def _errors(self, x: torch.Tensor) -> torch.Tensor:
         """

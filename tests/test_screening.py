@@ -152,16 +152,38 @@ def test_what_is_no_number_is_left_to_exact_scores(value: float) -> None:
     assert torch.equal(screen.best(x)[[0, 2]], expected[[0, 2]])
 
 
-def test_a_screen_serves_every_mode_and_number_of_rows() -> None:
+def test_a_screen_serves_every_mode_and_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(1000, 16), torch.randn(9, 16)
     expected = (x @ weight.T).argmax(1)
-    screen = Screen(weight, None)
-    for rows in (3, 9, 1):
-        for mode in (torch.inference_mode, torch.no_grad):
-            with mode():
-                assert torch.equal(screen.best(x[:rows]), expected[:rows])
+    monkeypatch.setattr(step_products, "PACKED_SIZE", 0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        screen = Screen(weight, None)
+        for rows in (3, 9, 1):
+            for mode in (torch.inference_mode, torch.no_grad):
+                with mode():
+                    assert torch.equal(screen.best(x[:rows]), expected[:rows])
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert screen.is_useful
+    assert screen.rough_weight is None or screen.packed is None
+
+
+def test_given_up_the_output_layer_is_packed_once(searched: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_products, "PACKED_SIZE", 0)
+    layer = StepLinear(16, 5000)
+    x = torch.randn(3, 16)
+    with torch.no_grad(), shared_by_steps(packed=True):
+        layer.weight.fill_(0.5)
+        screen = screen_of(layer)
+        assert screen is not None
+        for _ in range(3):
+            assert torch.equal(screen.best(x), layer(x).argmax(1))
+        weights = step_products.loop_weights()
+        assert weights is not None
+        assert list(weights) == [id(layer.weight)]
+    assert searched == [-3]
 
 
 def test_too_many_candidates_end_the_search(searched: list[int]) -> None:
