@@ -17,7 +17,6 @@ from transformers import AutoModelForSeq2SeqLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .best_words import best_words
 from .cache_rnn_seq2seq import RnnSeq2SeqCache
 from .encoders import RnnSeq2SeqEncoderOutput
 from .fast_generation import DecodingSteps
@@ -116,9 +115,6 @@ class EnsembleSteps:
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model._average([member(tokens).unsqueeze(1) for member in self.members])[:, 0]
-
-    def best(self, tokens: torch.Tensor) -> torch.Tensor:
-        return best_words(self(tokens).float())
 
     def select(self, rows: torch.Tensor) -> None:
         for member in self.members:

@@ -10,7 +10,6 @@ Shape letters: B sources, b those that still run, N beams a source, K candidates
 vocabulary; rows are b, under beam search b * N.
 """
 
-from functools import cached_property
 from typing import Any, Protocol, cast
 
 import torch
@@ -92,10 +91,6 @@ class Steps(Protocol):
         """Reads every row's next token: [rows] -> logits [rows, V]."""
         ...
 
-    def best(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Reads every row's next token, and finds the best one after it: [rows] -> [rows]."""
-        ...
-
     def select(self, rows: torch.Tensor) -> None:
         """Goes on with these rows alone. Of rows that were repeated it takes all of a source, or none."""
         ...
@@ -132,21 +127,16 @@ class DecodingSteps:
         scores = self.model._scores(self.source_ids, self.read(tokens), self.copy_ids)[:, -1]
         return as_logits(scores, self.config.output_normalizer)
 
-    def best(self, tokens: torch.Tensor) -> torch.Tensor:
-        if self.screen is None:
-            return best_words(self(tokens).float())
+    def before_output(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Reads as a call does, but gives what the output layer of a `LinearHead` is to read: [rows] -> [rows, *]."""
         inputs = self.model._head_input(self.source_ids, self.read(tokens), self.copy_ids)
-        return self.screen.best(self.model.head.before_output(inputs)[:, -1])
+        return cast(torch.Tensor, self.model.head.before_output(inputs)[:, -1])
 
     def read(self, tokens: torch.Tensor) -> StepOutput:
         """What the decoder makes of every row's next token: [rows] -> [rows, 1, ...]."""
         x = self.decoder.embed_tokens(tokens).unsqueeze(1)  # [rows, 1, E]
         output, self.state = self.decoder(x, self.state, self.prepared)
         return cast(StepOutput, output)
-
-    @cached_property
-    def screen(self) -> Screen | None:
-        return output_screen(self.model)
 
     def select(self, rows: torch.Tensor) -> None:
         sources = rows[:: self.sharing] // self.sharing
@@ -252,10 +242,11 @@ def enough_to_drop(ended: torch.Tensor) -> bool:
 
 
 def output_screen(model: Any) -> Screen | None:
-    """Of an output layer whose best word is the model's."""
-    head: Any = getattr(model, "head", None)
-    is_product = isinstance(head, LinearHead) and type(head).forward is LinearHead.forward
-    return screen_of(head.output) if is_product and model.config.output_normalizer == "softmax" else None
+    """Of an output layer whose best word is the model's; its steps are then [`DecodingSteps`]."""
+    if type(model).decoding_steps is not DecodingSteps or model.config.output_normalizer != "softmax":
+        return None
+    is_product = isinstance(model.head, LinearHead) and type(model.head).forward is LinearHead.forward
+    return screen_of(model.head.output) if is_product else None
 
 
 def sample(
@@ -271,7 +262,6 @@ def sample(
     pad = cast(Any, config)._pad_token_tensor
     fills_up = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     may_drop = fills_up and rows_are_independent(config, logits_processor, stopping_criteria)
-    wants_scores = config.do_sample or bool(logits_processor)
     ended = Ended(input_ids.size(0), input_ids.device)
     unfinished = torch.ones_like(ended.running, dtype=torch.bool)
 
@@ -283,8 +273,8 @@ def sample(
 
     keep_for_steps(input_ids.device)
     with shared_by_steps(packed=True):
-        if not wants_scores:
-            output_screen(model)  # before the output layer is packed for scores that later steps won't make
+        # Before the output layer is packed for scores that later steps won't make.
+        screen = None if config.do_sample or logits_processor else output_screen(model)
         outputs = model._prefill(input_ids, config, model_kwargs)
         steps = first_steps(model, outputs, model_kwargs)
         tokens = choose(outputs.logits[:, -1].clone())
@@ -300,7 +290,10 @@ def sample(
                 going_on = ended.add(~unfinished, input_ids[~unfinished])
                 input_ids, tokens, unfinished = (one[going_on] for one in (input_ids, tokens, unfinished))
                 steps.select(going_on)
-            tokens = choose(steps(tokens)) if wants_scores else steps.best(tokens)
+            if screen is None:
+                tokens = choose(steps(tokens))
+            else:
+                tokens = screen.best(cast(DecodingSteps, steps).before_output(tokens))
     ended.add(~unfinished, input_ids)
     return cast(torch.LongTensor, ended.all_sequences(fill=0 if pad is None else int(pad)))
 

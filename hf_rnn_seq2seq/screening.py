@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .best_words import BLOCK, best_words
-from .step_products import StepLinear, linear, loop_weights, pack
+from .step_products import StepLinear, linear, loop_weights, pack, packed_product
 
 # A number rounded to bfloat16, which keeps 8 bits of it, is off by at most this part.
 ROUNDING = 2.0**-8
@@ -80,10 +80,11 @@ class Screen:
     def _rough_scores(self, x: torch.Tensor) -> torch.Tensor:
         """In float32, [R, V rounded up to whole blocks]; the next call overwrites them."""
         rounded = x.bfloat16()
-        if self.rough_weight is not None:
-            products = F.linear(rounded, self.rough_weight)
+        if self.packed is not None:
+            products = packed_product(rounded, self.packed)
         else:
-            products = torch.ops.mkldnn._linear_pointwise(rounded, self.packed, None, "none", [], "")
+            assert self.rough_weight is not None
+            products = F.linear(rounded, self.rough_weight)
         if self.room.numel() < products.numel():
             with torch.inference_mode(False):  # a tensor that can be written to in other modes, too
                 self.room = torch.empty(products.numel(), dtype=torch.float32, device=x.device)

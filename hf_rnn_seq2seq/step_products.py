@@ -30,7 +30,7 @@ class LoopWeight:
         bias: torch.Tensor | None,
         dtype: torch.dtype,
         packed: bool = False,
-        spared: int = 0,
+        spared: bool = False,
     ):
         self.original = weight  # kept alive: its id is its name
         self.weight = weight.detach().to(dtype)  # once a loop, not once a step
@@ -41,19 +41,18 @@ class LoopWeight:
         self.task = -1
         self.steps: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.token = _Weight.apply(self, weight, bias) if self.needs_grad else None
-        self.spared = spared  # so many products come before it is packed
+        self.spared = spared  # is its first product made before it is packed?
         self.packed: torch.Tensor | None = None
         self.to_pack = packed and not self.needs_grad
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """W x + b [..., O] of one step, x [..., I], without a gradient."""
-        if self.to_pack and self.spared:
-            self.spared -= 1
-        elif self.to_pack:
+        if self.to_pack and not self.spared:
             self.packed, self.to_pack = pack(self.weight), False
+        self.spared = False
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.packed, self.bias, "none", [], "")
+        return packed_product(x.to(self.weight.dtype), self.packed, self.bias)
 
     def put_aside(self, x: torch.Tensor, grad: torch.Tensor) -> None:
         """x [..., I] and dy [..., O] of one step."""
@@ -83,6 +82,11 @@ def pack(weight: torch.Tensor) -> torch.Tensor | None:
     if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.ops.mkldnn._reorder_linear_weight(weight)
     return torch.ops.mkldnn._reorder_linear_weight(weight) if weight.dtype == torch.float32 else None
+
+
+def packed_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """W x + b [..., O], x [..., I] of the type that W had when `pack` made `packed` of it."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 class _Weight(torch.autograd.Function):
@@ -190,7 +194,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         dtype = torch.get_autocast_dtype(device_type) if autocast else weight.dtype
         # What has a screen makes a first step's scores, and then mostly none.
         record = weights[id(weight)] = LoopWeight(
-            weight, bias, dtype, weights.packed, spared=int(id(weight) in weights.screens)
+            weight, bias, dtype, weights.packed, spared=id(weight) in weights.screens
         )
     if record.token is None:
         return record.product(x)

@@ -46,12 +46,17 @@ def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
-def test_decoding_in_every_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def save_model_and_source(folder: Path) -> None:
+    """`model`, with its tokenizer, and `source`, three lines."""
     tokenizer = RnnSeq2SeqTokenizer(train_tokenizer(["abc"], "char"), train_tokenizer(["x y z"], "symbols"))
     model = tiny_model(source_vocab_size=tokenizer.source_vocab_size, vocab_size=len(tokenizer)).float()
     for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "model")
-    (tmp_path / "source").write_text("abc\nb\nca\n", encoding="utf-8")
+        part.save_pretrained(folder / "model")
+    (folder / "source").write_text("abc\nb\nca\n", encoding="utf-8")
+
+
+def test_decoding_in_every_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model_and_source(tmp_path)
     (tmp_path / "target").write_text("x y z\ny\nz x\n", encoding="utf-8")
     files = [f"--{name}={tmp_path / name}" for name in ("model", "source", "target")]
     command = ["decode", *files, "--threads", "1", "--rounds", "1", f"--output={tmp_path / 'decode.json'}"]
@@ -67,11 +72,7 @@ def test_decoding_in_every_precision(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_decoding_with_larger_vocabularies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer = RnnSeq2SeqTokenizer(train_tokenizer(["abc"], "char"), train_tokenizer(["x y z"], "symbols"))
-    model = tiny_model(source_vocab_size=tokenizer.source_vocab_size, vocab_size=len(tokenizer)).float()
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "model")
-    (tmp_path / "source").write_text("abc\nb\nca\n", encoding="utf-8")
+    save_model_and_source(tmp_path)
     command = ["vocabulary", f"--source={tmp_path / 'source'}", "--threads", "1", "--rounds", "1"]
     main = load_script("benchmark").main
     main([*command, f"--model={tmp_path / 'model'}", f"--output={tmp_path / 'vocabulary.json'}"])

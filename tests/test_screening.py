@@ -198,13 +198,19 @@ def test_too_many_candidates_end_the_search(searched: list[int]) -> None:
     assert Screen(weight, None)._search(torch.ones(4, 16)) is None
 
 
-@pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize("packed", [False, True])
-def test_greedy_search_gives_the_same_ids(head: dict[str, Any], packed: bool, searched: list[int]) -> None:
-    model = tiny_model(**head).float()
+def sharp_model(**setting: Any) -> Any:
+    """Whose best words are far from the others."""
+    model = tiny_model(**setting).float()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
+    return model
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_greedy_search_gives_the_same_ids(head: dict[str, Any], packed: bool, searched: list[int]) -> None:
+    model = sharp_model(**head)
     batch = batch_of(model, *ragged_batch(LENGTHS))
     expected = generate(model, batch, screens=False)
     if packed:
@@ -313,10 +319,7 @@ def test_an_output_layer_with_a_screen_is_not_packed(monkeypatch: pytest.MonkeyP
         return pack(weight)
 
     monkeypatch.setattr(step_products, "pack", count)
-    model = tiny_model().float()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)
+    model = sharp_model()
     batch = batch_of(model, *ragged_batch(LENGTHS))
     generate(model, batch)
     screened = len(packings)

@@ -256,10 +256,14 @@ def decode(options: argparse.Namespace) -> list[dict[str, Any]]:
             print(f"\n{'greedy' if beams == 1 else f'beam {beams}'}, batches of {batch_size}:")
             for row in table(rounds(measures, options.rounds), "sentences/s", base):
                 found = outputs[row["name"]]
-                same = sum(a == b for a, b in zip(found, outputs[base], strict=True)) / count
+                same = share_of_same(found, outputs[base])
                 print(f"    {row['name']}: the same output for {same:.1%}{quality(found, options.target)}")
                 rows.append({"batch_size": batch_size, "beams": beams, "same_output": same, **row})
     return rows
+
+
+def share_of_same(outputs: list[str], others: list[str]) -> float:
+    return sum(a == b for a, b in zip(outputs, others, strict=True)) / len(outputs)
 
 
 def vocabulary(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -283,7 +287,7 @@ def vocabulary(options: argparse.Namespace) -> list[dict[str, Any]]:
             contestants["screened"] = partial(speed, True, some, batch_size)
             for row in table(rounds(contestants, options.rounds), "sentences/s", "all words"):
                 rows.append({"times": times, "batch_size": batch_size, **row})
-            same = sum(a == b for a, b in zip(outputs[False], outputs[True], strict=True)) / len(some)
+            same = share_of_same(outputs[False], outputs[True])
             print(f"    the same output for {same:.1%}")
             rows[-1]["same_output"] = same
     return rows
