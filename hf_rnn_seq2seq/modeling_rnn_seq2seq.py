@@ -1,15 +1,12 @@
-"""The `PreTrainedModel` shell around encoder, decoder and head: first weights, embeddings, loss, generation hooks."""
+"""The models: encoder, bridge and decoder; and with a head, a loss and generate()."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils import can_return_tuple
@@ -26,6 +23,7 @@ from .generation_rnn_seq2seq import RnnSeq2SeqGenerationMixin
 from .heads import HEADS, HeadInput, check_copy_ids
 from .int8 import register
 from .losses import as_logits, coverage_loss
+from .pretrained_base import RnnSeq2SeqPreTrainedModel
 from .scheduled_sampling import OwnInputs, ScheduledSampling
 from .step_products import StepLinear
 from .wirings import StepOutput
@@ -60,100 +58,16 @@ class RnnSeq2SeqModelOutput(Seq2SeqModelOutput):
 
 @dataclass
 class RnnSeq2SeqLMOutput(Seq2SeqLMOutput):
-    """`Seq2SeqLMOutput` and, where labels are smoothed, `smoothing_loss`: the part of `loss` without its weight."""
+    """
+    `Seq2SeqLMOutput` and what training may ask for.
+
+    Args:
+        smoothing_loss: of smoothed labels, the part of `loss` without its weight.
+        scores: the head's, before `config.output_normalizer`, [B, T, V] or with `copy_ids` [B, T, V + S].
+    """
 
     smoothing_loss: torch.Tensor | None = None
-
-
-class RnnSeq2SeqPreTrainedModel(PreTrainedModel):
-    """What both models share: initial weights and what transformers may do with them."""
-
-    config: RnnSeq2SeqConfig
-    config_class = RnnSeq2SeqConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _is_stateful = True  # a state can't take tokens back: generate() refuses assisted and prompt-lookup decoding
-    # A decoder step reads weights of many modules without calling them, so a device holds a side as a whole.
-    _no_split_modules = ["RnnSeq2SeqEncoder", "RnnSeq2SeqDecoder"]  # noqa: RUF012  transformers' class attribute
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-
-    @property
-    def dummy_inputs(self) -> dict[str, torch.Tensor]:
-        ids = torch.tensor([[2, 1, 2], [1, 2, self.config.pad_token_id or 0]], device=self.device)
-        return {"input_ids": ids, "attention_mask": ids != (self.config.pad_token_id or 0), "decoder_input_ids": ids}
-
-    def save_pretrained(  # type: ignore[override]  # its many arguments pass through
-        self, save_directory: str | os.PathLike[str], **kwargs: Any
-    ) -> None:
-        """As everywhere in transformers; where the code travels along, every Auto class finds its part of it."""
-        if self._auto_class is not None:
-            self.config.auto_map = {
-                "AutoConfig": "configuration_rnn_seq2seq.RnnSeq2SeqConfig",
-                "AutoModel": "modeling_rnn_seq2seq.RnnSeq2SeqModel",
-                "AutoModelForSeq2SeqLM": "modeling_rnn_seq2seq.RnnSeq2SeqForConditionalGeneration",
-            }
-        if self.can_generate():
-            # Loading, transformers drops what it does not know (`BeamSearchOptions`) from what is marked like this.
-            self.generation_config._from_model_config = False
-        super().save_pretrained(save_directory, **kwargs)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        reset = getattr(module, "reset_weights", None)  # our own modules know theirs
-        if reset is not None:
-            reset()
-        elif isinstance(module, nn.Linear):
-            init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=self.config.initializer_range)
-            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
-                init.zeros_(module.weight[module.padding_idx])
-
-    def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
-    ) -> nn.Embedding:
-        """
-        Resizes what `config.vocab_size` counts, as `len(tokenizer)` does: the one vocabulary, or the target's of two
-        (its embeddings and the output layer), and returns its embeddings. `resize_source_token_embeddings` is for the
-        other side.
-        """
-        if self.config.shared_vocabulary:
-            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        decoder = self.get_decoder()
-        old = decoder.get_input_embeddings()
-        new = self._get_resized_embeddings(old, new_num_tokens, pad_to_multiple_of, mean_resizing)
-        new.requires_grad_(old.weight.requires_grad)
-        decoder.set_input_embeddings(new)
-        old_output = self.get_output_embeddings()
-        if old_output is not None:  # the model without a head has none
-            output = self._get_resized_lm_head(old_output, new.num_embeddings, mean_resizing=mean_resizing)
-            output.requires_grad_(old_output.weight.requires_grad)
-            self.set_output_embeddings(output)
-        self.config.vocab_size = new.num_embeddings
-        self.tie_weights()
-        return new
-
-    def resize_source_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
-    ) -> nn.Embedding:
-        """Resizes the source embeddings and `config.source_vocab_size` of a model with two vocabularies."""
-        if self.config.shared_vocabulary:
-            raise ValueError("This model has one vocabulary for both sides: use `resize_token_embeddings`.")
-        old = self.get_encoder().get_input_embeddings()
-        new = self._get_resized_embeddings(old, new_num_tokens, pad_to_multiple_of, mean_resizing)
-        new.requires_grad_(old.weight.requires_grad)
-        self.set_input_embeddings(new)
-        self.config.source_vocab_size = new.num_embeddings
-        return new
+    scores: torch.Tensor | None = None
 
 
 class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
@@ -410,6 +324,7 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
         smoothing: float = 0.0,
         scheduled_sampling: ScheduledSampling | None = None,
         skip_logits: bool = False,
+        output_scores: bool = False,
     ) -> RnnSeq2SeqLMOutput:
         """
         [`RnnSeq2SeqModel.forward`]'s arguments, and
@@ -425,6 +340,7 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
             smoothing: share of every label's mass that goes to all words alike, see `smoothing_loss`.
             scheduled_sampling: in training, let the decoder read some predictions of its own.
             skip_logits: return the loss without `logits`, which are then never all in memory (see `head_loss`).
+            output_scores: return `scores` as well, from which `logits` are made.
 
         Returns:
             `RnnSeq2SeqLMOutput`; `loss` is the mean over the labels of `config.output_normalizer`'s loss (for softmax,
@@ -483,6 +399,7 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
             encoder_hidden_states=outputs.encoder_hidden_states,
             encoder_attentions=outputs.encoder_attentions,
             smoothing_loss=smoothing_part,
+            scores=scores if output_scores else None,
         )
 
     def _head_input(

@@ -1,5 +1,5 @@
 """
-Losses that training may add to the model's own: guided alignment, a transition penalty, unlikelihood.
+Losses that training may add to the model's own: guided alignment, a transition penalty, unlikelihood, R-Drop.
 
 Like those in `losses.py` each is a mean over the labels or, if `num_items_in_batch` is given, the sum divided by it;
 labels of -100 have no part in it. All are in float32, or float64 for such inputs.
@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from .losses import IGNORED, log_probabilities, reduce_loss
+from .normalizers import NORMALIZERS
 
 ALIGNMENTS = "alignments"  # the data's column, and what the collator makes of it
 ROWS_AT_ONCE = 10_000
@@ -219,3 +220,35 @@ def unlikelihood_loss(
     p = log_p.gather(2, words.unsqueeze(1).expand(batch, length, length)).exp()  # of y_j at step t
     losses = -((1 - p).clamp(min=1e-5).log() * candidates).sum(-1)
     return reduce_loss(losses, labelled, num_items_in_batch)
+
+
+# R-Drop.
+
+
+def r_drop_loss(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    normalizer: str,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """
+    How far apart two passes over the same rows are, each with a dropout of its own (Liang et al. 2021, eq. 2):
+
+        (KL(p_1 || p_2) + KL(p_2 || p_1)) / 4 = (p_1 - p_2)^T (z_1 - z_2) / 4
+
+    where z are scores and p their softmax. With sparsemax or entmax15 for it the right side is the sum of both passes'
+    Fenchel-Young losses (Blondel et al. 2020), each with the other's p for its label. The paper's loss, of both
+    passes, is twice the mean of theirs that the Trainer has; so half of its eq. 2 is taken, and alpha, the weight, is
+    the paper's.
+
+    Args:
+        scores: z of the first pass, then of the second, [2 B, T, W].
+        labels: of both, [2 B, T].
+        normalizer: a key of `NORMALIZERS`.
+        num_items_in_batch: see the head of this file; the labels of both passes count.
+    """
+    labelled = labels.to(scores.device) != IGNORED
+    z_1, z_2 = scores.to(torch.promote_types(scores.dtype, torch.float32))[labelled].chunk(2)  # [N, W]
+    p_1, p_2 = (NORMALIZERS[normalizer](z, None) for z in (z_1, z_2))
+    losses = ((p_1 - p_2) * (z_1 - z_2)).sum(-1) / 4
+    return reduce_loss(losses.repeat(2), torch.ones_like(losses, dtype=torch.bool).repeat(2), num_items_in_batch)

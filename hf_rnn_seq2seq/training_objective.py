@@ -23,6 +23,7 @@ from .training_losses import (
     BigramModel,
     guided_alignment_loss,
     output_log_probabilities,
+    r_drop_loss,
     unlikelihood_loss,
 )
 
@@ -43,7 +44,7 @@ class ObjectiveArguments(Seq2SeqTrainingArguments):
     `label_smoothing_factor` is transformers'; here it is right for every kind of head as well, and evaluation leaves
     it out. With a weight of 0, the default, a loss is not computed. What has begun is logged apart, without its
     weight, as `token_loss` (the model's own), `label_smoothing_loss`, `coverage_loss`, `guided_alignment_loss`,
-    `transition_penalty`, `unlikelihood_loss` and `risk`; `loss` is the weighted sum.
+    `transition_penalty`, `unlikelihood_loss`, `r_drop_loss` and `risk`; `loss` is the weighted sum.
     """
 
     scheduled_sampling: SamplingSchedule = field(
@@ -116,6 +117,14 @@ class ObjectiveArguments(Seq2SeqTrainingArguments):
         metadata={"help": "Weight of the unlikelihood of the tokens before (Welleck et al. 2020), to repeat less."},
     )
     unlikelihood_start: int = _start("unlikelihood")
+    r_drop_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "alpha of R-Drop (Liang et al. 2021): how much two passes over a batch, each with a dropout of "
+            "its own, have to agree. A step takes twice the time and memory."
+        },
+    )
+    r_drop_start: int = _start("R-Drop")
     minimum_risk_weight: float = field(
         default=0.0, metadata={"help": "Weight of the expected cost of candidates (Shen et al. 2016)."}
     )
@@ -215,9 +224,11 @@ LOSSES = (
     ("guided_alignment_weight", "guided_alignment_start", "guided_alignment_loss"),
     ("transition_penalty_weight", "transition_penalty_start", "transition_penalty"),
     ("unlikelihood_weight", "unlikelihood_start", "unlikelihood_loss"),
+    ("r_drop_weight", "r_drop_start", "r_drop_loss"),
     ("minimum_risk_weight", "minimum_risk_start", "risk"),
 )
-READ_LOGITS = frozenset({"transition_penalty", "unlikelihood_loss"})
+READ_LOGITS = frozenset({"transition_penalty", "unlikelihood_loss", "r_drop_loss"})
+DROPOUTS = ("dropout", "embedding_dropout", "output_dropout", "attention_dropout", "recurrent_dropout", "zoneout")
 LOSS_WEIGHTS = tuple(weight for weight, _, _ in LOSSES)
 LOSS_STARTS = tuple(start for _, start, _ in LOSSES)
 
@@ -253,6 +264,11 @@ class ObjectiveTrainer(Seq2SeqTrainer):
                     "tokens, so that none can be attended to by itself."
                 )
             self.data_collator = AlignmentCollator(self.data_collator)
+        if args.r_drop_weight > 0 and not any(getattr(config, name, 1) for name in DROPOUTS):
+            raise ValueError(
+                f"r_drop_weight={args.r_drop_weight!r}: without dropout two passes are the same; one of "
+                f"{', '.join(DROPOUTS)} must be above 0."
+            )
         if args.minimum_risk_weight > 0:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError("`minimum_risk_weight` is for weights that every process holds whole.")
@@ -311,7 +327,6 @@ class ObjectiveTrainer(Seq2SeqTrainer):
         if not (model.training and isinstance(args, ObjectiveArguments)):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         weights, probability = self._weights(args), sampling_probability(args, self.state.global_step)
-        labels = inputs.get("labels")
         options: dict[str, Any] = {}
         if probability > 0:
             unit, mode = args.scheduled_sampling_unit, args.scheduled_sampling_mode
@@ -322,12 +337,18 @@ class ObjectiveTrainer(Seq2SeqTrainer):
             options["output_attentions"] = True
         if self._skips_logits(inputs) and not READ_LOGITS.intersection(weights) and not return_outputs:
             options["skip_logits"] = True
+        number = num_items_in_batch
+        if "r_drop_loss" in weights:  # all means are then over both passes
+            inputs = {name: torch.cat((it, it)) if torch.is_tensor(it) else it for name, it in inputs.items()}
+            alignments = None if alignments is None else torch.cat((alignments, alignments))
+            number = None if number is None else 2 * number
+            if "output_scores" in signature(self.model.forward).parameters:
+                options["output_scores"] = True
         with self._without_coverage_loss():
-            loss, outputs = super().compute_loss(model, {**inputs, **options}, True, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, {**inputs, **options}, True, number)
         if weights:
-            assert labels is not None
-            scale = self._loss_scale(num_items_in_batch)
-            others = self._losses(weights, inputs, labels, alignments, outputs, num_items_in_batch)
+            scale = self._loss_scale(number)
+            others = self._losses(weights, inputs, alignments, outputs, number)
             smoothing = getattr(outputs, "smoothing_loss", None)
             token_loss = loss if smoothing is None else loss - options["smoothing"] * scale * smoothing
             own_weight = args.minimum_risk_token_loss_weight if "risk" in weights else 1.0
@@ -352,13 +373,12 @@ class ObjectiveTrainer(Seq2SeqTrainer):
         self,
         weights: dict[str, float],
         inputs: dict[str, Any],
-        labels: torch.Tensor,
         alignments: torch.Tensor | None,
         outputs: Any,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> dict[str, torch.Tensor]:
         """The losses that have begun and that the model does not compute, without their weights."""
-        args, config, found = self.args, self.model.config, {}
+        args, config, labels, found = self.args, self.model.config, inputs["labels"], {}
         assert isinstance(args, ObjectiveArguments)
         if "coverage_loss" in weights:
             attention, mask = outputs.cross_attentions[0], inputs.get("decoder_attention_mask")
@@ -379,6 +399,10 @@ class ObjectiveTrainer(Seq2SeqTrainer):
             found["transition_penalty"] = self._bigram_model(args).penalty(log_p, labels, num_items_in_batch)
         if "unlikelihood_loss" in weights:
             found["unlikelihood_loss"] = unlikelihood_loss(log_p, labels, num_items_in_batch)
+        if "r_drop_loss" in weights:
+            scores = outputs.scores if "scores" in outputs else outputs.logits
+            normalizer = getattr(config, "output_normalizer", "softmax")
+            found["r_drop_loss"] = r_drop_loss(scores, labels, normalizer, num_items_in_batch)
         if "risk" in weights:
             assert self._costs is not None
             risk = MinimumRisk(

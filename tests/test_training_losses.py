@@ -26,7 +26,13 @@ from hf_rnn_seq2seq.minimum_risk import (
 )
 from hf_rnn_seq2seq.normalizers import NORMALIZERS
 from hf_rnn_seq2seq.tokenizer_training import TokenizerArguments, build_tokenizer
-from hf_rnn_seq2seq.training_losses import AlignmentCollator, BigramModel, guided_alignment_loss, unlikelihood_loss
+from hf_rnn_seq2seq.training_losses import (
+    AlignmentCollator,
+    BigramModel,
+    guided_alignment_loss,
+    r_drop_loss,
+    unlikelihood_loss,
+)
 
 LABELS = torch.tensor([[4, 5, 4, 4], [6, 2, -100, -100], [-100, 7, 5, 7]])
 COUNT = 9  # labels that are not ignored
@@ -241,6 +247,51 @@ def test_unlikelihood_is_that_of_sets() -> None:
     same_values_and_gradients(unlikelihood_loss(log_p, LABELS, 4), plain / 4, scores)
     certain = torch.full((1, 2, 8), -100.0).index_fill(2, torch.tensor([4]), 0.0)
     assert unlikelihood_loss(certain, torch.tensor([[4, 5]]), 1).item() == pytest.approx(-math.log(1e-5))
+
+
+# R-Drop.
+
+
+def negative_entropy(p: torch.Tensor, normalizer: str) -> torch.Tensor:
+    """Omega(p) of the distribution whose argmax of p^T z - Omega(p) is the normaliser (Peters et al. 2019, eq. 3)."""
+    if normalizer == "softmax":
+        return (p * p.log()).sum()
+    alpha = {"entmax15": 1.5, "sparsemax": 2.0}[normalizer]
+    return (p**alpha - p).sum() / (alpha * (alpha - 1))
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_r_drop_is_half_the_mean_divergence_of_both_directions(normalizer: str) -> None:
+    scores = torch.cat([scores_of(seed) for seed in (0, 1)]).detach().requires_grad_()  # of both passes
+    plain = torch.zeros((), dtype=torch.float64)
+    for b, t in labelled():
+        z_1, z_2 = scores[b, t], scores[3 + b, t]
+        p_1, p_2 = (NORMALIZERS[normalizer](z, None) for z in (z_1, z_2))
+        if normalizer == "softmax":
+            both = (p_1 * (p_1 / p_2).log()).sum() + (p_2 * (p_2 / p_1).log()).sum()
+        else:  # Omega*(z) + Omega(q) - q^T z, with Omega*(z) = p^T z - Omega(p)
+            both = sum(
+                p @ z - negative_entropy(p, normalizer) + negative_entropy(q, normalizer) - q @ z
+                for p, z, q in ((p_1, z_1, p_2), (p_2, z_2, p_1))
+            )
+        plain = plain + both / 4
+    labels = torch.cat((LABELS, LABELS))
+    same_values_and_gradients(r_drop_loss(scores, labels, normalizer), plain / COUNT, scores)
+    same_values_and_gradients(r_drop_loss(scores, labels, normalizer, 40), plain / 20, scores)
+
+
+@pytest.mark.parametrize(
+    "setting", [{}, {"output_normalizer": "sparsemax"}, {"head_type": "pointer_generator"}], ids=str
+)
+def test_scores_are_what_logits_are_made_of(setting: dict[str, Any]) -> None:
+    model = tiny_model(**setting).eval()
+    source, mask = ragged_batch([4, 1, 3])
+    labels = torch.randint(4, VOCABULARY, (len(source), 3), generator=torch.Generator().manual_seed(0))
+    output = model(source, attention_mask=mask, labels=labels, output_scores=True)
+    p = NORMALIZERS[setting.get("output_normalizer", "softmax")](output.scores, None)
+    logits = output.logits.softmax(-1) if not setting else output.logits.exp()
+    torch.testing.assert_close(p, logits, atol=1e-10, rtol=0)
+    assert model(source, attention_mask=mask, labels=labels).scores is None
 
 
 # Minimum risk.

@@ -24,6 +24,7 @@ from hf_rnn_seq2seq.trainer import RnnSeq2SeqTrainer
 
 def make_trainer(folder: Path, rows: list[dict[str, Any]] | None = None, **arguments: Any) -> RnnSeq2SeqTrainer:
     """A tiny model and pairs in which the target is the source with one word in three replaced at random."""
+    dropout = arguments.pop("output_dropout", 0)
     config_names = ("attention_type", "wiring_type", "head_type", "output_normalizer", "source_vocab_size")
     setting = {name: arguments.pop(name) for name in config_names if name in arguments}
     torch.manual_seed(0)
@@ -35,7 +36,13 @@ def make_trainer(folder: Path, rows: list[dict[str, Any]] | None = None, **argum
             for source, target in zip(sources.tolist(), noise.tolist(), strict=True)
         ]
     config = RnnSeq2SeqConfig(
-        vocab_size=13, embedding_size=8, hidden_size=16, dropout=0, embedding_dropout=0, output_dropout=0, **setting
+        vocab_size=13,
+        embedding_size=8,
+        hidden_size=16,
+        dropout=0,
+        embedding_dropout=0,
+        output_dropout=dropout,
+        **setting,
     )
     defaults = {
         "per_device_train_batch_size": 16,
@@ -130,6 +137,53 @@ def test_accumulated_batches_give_the_gradients_of_one(tmp_path: Path) -> None:
         assert first[name] == pytest.approx(second[name], rel=1e-4), name
 
 
+NO_DROPOUT = 1e-12  # as good as none, but not refused
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "sparsemax"])
+def test_two_passes_without_dropout_are_as_one(tmp_path: Path, normalizer: str) -> None:
+    """With all other losses but for samples, whose draws differ; in one batch, and in parts of unequal lengths."""
+    rows = [
+        {"input_ids": [4, 5 + n, 6], "labels": [*range(5, 5 + n), *[-100] * (4 - n)], "alignments": [[1, 0]]}
+        for n in (1, 4, 2, 4)
+    ]
+    settings = {**EVERYTHING, "minimum_risk_candidates": "beam", "max_steps": 2, "logging_steps": 1}
+    logs = []
+    for weight, size in ((0.0, 4), (3.0, 4), (3.0, 1)):
+        batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        model = {"output_normalizer": normalizer, "output_dropout": NO_DROPOUT}
+        folder = tmp_path / f"{weight} {size}"
+        trainer = make_trainer(folder, rows, r_drop_weight=weight, **batch, **model, **settings)
+        trainer.train()
+        logs.append(trainer.state.log_history[:2])
+    for step, once in enumerate(logs[0]):
+        for twice in (logs[1][step], logs[2][step]):
+            assert twice["r_drop_loss"] == pytest.approx(0, abs=1e-6)
+            for name in ("loss", "grad_norm", "token_loss", *NAMES.values()):
+                assert twice[name] == pytest.approx(once[name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("head", [{}, {"output_normalizer": "sparsemax"}, {"head_type": "pointer_generator"}], ids=str)
+def test_r_drop_brings_passes_with_dropout_together(tmp_path: Path, head: dict[str, str]) -> None:
+    distances = []
+    for weight in (0.0, 5.0):
+        trainer = make_trainer(
+            tmp_path / str(weight), r_drop_weight=weight, r_drop_start=4, output_dropout=0.4, max_steps=40, **head
+        )
+        trainer.train()
+        log = trainer.state.log_history
+        assert ["r_drop_loss" in entry for entry in log[:2]] == [False, weight > 0]
+        for entry in log[1:-1] if weight else []:
+            assert entry["loss"] == pytest.approx(entry["token_loss"] + weight * entry["r_drop_loss"], abs=1e-4)
+        batch = default_data_collator(list(trainer.train_dataset.remove_columns("alignments")))
+        torch.manual_seed(0)
+        with torch.no_grad():
+            logits = [trainer.model.train()(**batch).logits for _ in range(8)]
+        p = torch.stack([each.softmax(-1) if not head else each.exp() for each in logits])
+        distances.append(p.std(0).sum(-1).mean().item())
+    assert distances[1] < 0.8 * distances[0]
+
+
 @pytest.mark.slow
 def test_two_processes_log_what_one_logs(tmp_path: Path) -> None:
     """Every loss, with free running; targets of different lengths, so that the processes have unequal numbers."""
@@ -149,6 +203,7 @@ rows = [
 world, folder = int(sys.argv[1]), Path(sys.argv[2])
 settings = {{**objective.EVERYTHING, "minimum_risk_candidates": "beam", "train_sampling_strategy": "sequential"}}
 settings |= {{"scheduled_sampling": "constant", "scheduled_sampling_rate": 1.0}}
+settings |= {{"r_drop_weight": 2.0, "output_dropout": objective.NO_DROPOUT}}
 trainer = objective.make_trainer(
     folder, rows, max_steps=3, logging_steps=1, per_device_train_batch_size=8 // world, **settings
 )
@@ -320,6 +375,7 @@ def test_minimum_risk_lowers_the_expected_edit_distance(tmp_path: Path) -> None:
         ({"minimum_risk_weight": 1.0, "minimum_risk_cost": "bleu"}, "minimum_risk_cost='bleu'"),
         ({"guided_alignment_weight": 1.0, "attention_type": "none"}, "guided_alignment_weight=1.0"),
         ({"coverage_loss_weight": 1.0, "attention_type": "none"}, "coverage_loss_weight=1.0"),
+        ({"r_drop_weight": 1.0}, "r_drop_weight=1.0: without dropout two passes are the same"),
     ],
     ids=str,
 )
