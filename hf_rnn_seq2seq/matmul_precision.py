@@ -5,7 +5,7 @@ them in float32 and is up to twice as fast on some processors, no faster on othe
 on a GPU, the same word lowers the precision. No name of a processor says which, so error and time are both measured.
 """
 
-import time
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -15,25 +15,26 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from .timing import fastest_seconds
+
 logger = logging.get_logger(__name__)
 
 CHOICES = ("auto", "highest", "high", "medium")
 # Rounding of float32 leaves a relative error of some 1e-7, bfloat16 of 1e-3, TF32 of 1e-4.
 LARGEST_ERROR = 2e-6
 LEAST_GAIN = 1.1
-REPEATS = 15
 
 
 class MatmulPrecision(TrainerCallback, ExportableState):
     """
-    Sets the precision of float32 matrix products when training begins, and says in the log what "auto" has chosen.
+    Sets the precision of float32 matrix products when training begins, and says in the log what "auto" has chosen; and
+    warns where `bf16` makes training slower, as on CPUs that make bfloat16 products without units for them.
 
     A run that is resumed goes on with what its checkpoint names: another measurement might come out differently, and
     its weights would not be those of an uninterrupted run any more.
 
     Args:
-        precision: one of torch's, or "auto": "medium" if [`gain_of_medium`] says that it is faster at full precision,
-            else what is set already.
+        precision: one of torch's, or "auto": on a CPU [`recommended_precision`], else what is set already.
     """
 
     def __init__(self, precision: str):
@@ -58,6 +59,13 @@ class MatmulPrecision(TrainerCallback, ExportableState):
             if self.chosen == "auto":
                 self.chosen = self.measured(args, model)
         torch.set_float32_matmul_precision(self.chosen)
+        if args.bf16 and args.device.type == "cpu" and state.is_world_process_zero:
+            gain = gain_of_bfloat16(args.per_device_train_batch_size, getattr(model.config, "hidden_size", 512))
+            if gain < 1:
+                logger.warning(
+                    f"bf16: on this CPU products in bfloat16 take {1 / gain:.1f} times as long as in float32; "
+                    "training is faster without."
+                )
 
     @staticmethod
     def measured(args: TrainingArguments, model: PreTrainedModel) -> str:
@@ -66,39 +74,51 @@ class MatmulPrecision(TrainerCallback, ExportableState):
         if args.device.type != "cpu" or before != "highest":
             return before
         width = getattr(model.config, "hidden_size", 512)
-        error, gain = gain_of_medium(args.per_device_train_batch_size, width)
-        chosen = "medium" if error <= LARGEST_ERROR and gain >= LEAST_GAIN else "highest"
-        (chosen,) = broadcast_object_list([chosen])
-        logger.info(
-            f'float32 products at "medium": relative error {error:.1e}, {gain:.2f} times as fast. Chosen: "{chosen}".'
-        )
+        (chosen,) = broadcast_object_list([recommended_precision(args.per_device_train_batch_size, width)])
         return chosen
+
+
+def recommended_precision(rows: int, width: int) -> str:
+    """ "medium" where [`gain_of_medium`] finds it faster at full precision, else "highest"; the log has why."""
+    error, gain = gain_of_medium(rows, width)
+    chosen = "medium" if error <= LARGEST_ERROR and gain >= LEAST_GAIN else "highest"
+    logger.info(
+        f'float32 products at "medium": relative error {error:.1e}, {gain:.2f} times as fast. Chosen: "{chosen}".'
+    )
+    return chosen
 
 
 def gain_of_medium(rows: int, width: int) -> tuple[float, float]:
     """
     What "medium" is on this machine's CPU for the products that training makes, forward and backward, of `rows` rows
     and a weight [width, width]: their largest relative error (Frobenius norm, against float64), and how many times as
-    fast as "highest" they are at their fastest, which other work on the machine disturbs least.
+    fast as "highest" they are.
     """
+    products = training_products(rows, width, torch.float32)
+    exact = training_products(rows, width, torch.float64)()
     before = torch.get_float32_matmul_precision()
-    generator = torch.Generator().manual_seed(0)
-    x, grad, weight = (torch.randn(n, width, generator=generator) for n in (rows, rows, width))
-    products = (lambda: F.linear(x, weight), lambda: grad @ weight, lambda: grad.t() @ x)
-    exact = [F.linear(x.double(), weight.double()), grad.double() @ weight.double(), grad.double().t() @ x.double()]
-    seconds: dict[str, list[float]] = {"highest": [], "medium": []}
-    error = 0.0
+
+    def made_at(precision: str) -> list[torch.Tensor]:
+        torch.set_float32_matmul_precision(precision)
+        return products()
+
     try:
-        for repeat in range(REPEATS + 1):
-            for precision, taken in seconds.items():
-                torch.set_float32_matmul_precision(precision)
-                start = time.perf_counter()
-                made = [product() for product in products]
-                if repeat:  # the first time warms up
-                    taken.append(time.perf_counter() - start)
-                if precision == "medium":
-                    errors = [float((y - e).norm() / e.norm()) for y, e in zip(made, exact, strict=True)]
-                    error = max(error, *errors)
+        errors = [float((y - e).norm() / e.norm()) for y, e in zip(made_at("medium"), exact, strict=True)]
+        highest, medium = fastest_seconds(lambda: made_at("highest"), lambda: made_at("medium"))
     finally:
         torch.set_float32_matmul_precision(before)
-    return error, min(seconds["highest"]) / min(seconds["medium"])
+    return max(errors), highest / medium
+
+
+def gain_of_bfloat16(rows: int, width: int) -> float:
+    """How many times as fast as in float32 the same products are in bfloat16, of values that are so already."""
+    narrow, wide = (training_products(rows, width, dtype) for dtype in (torch.bfloat16, torch.float32))
+    seconds_narrow, seconds_wide = fastest_seconds(narrow, wide)
+    return seconds_wide / seconds_narrow
+
+
+def training_products(rows: int, width: int, dtype: torch.dtype) -> Callable[[], list[torch.Tensor]]:
+    """What makes y = W x and the gradients of x and W, the same numbers at every call but for rounding."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad, weight = (torch.randn(n, width, generator=generator).to(dtype) for n in (rows, rows, width))
+    return lambda: [F.linear(x, weight), grad @ weight, grad.t() @ x]

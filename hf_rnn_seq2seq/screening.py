@@ -2,11 +2,15 @@
 The best word of a large vocabulary without exact scores of all its words.
 
 Which word has the greatest score z_v = w_v . x + b_v? A product in bfloat16, which a CPU with instructions for it
-makes in half the time, gives every score up to a known error. Few words can then still be the best; of these the
-scores are made exactly. So the answer is that of exact scores: the error's bound always holds.
+makes in half the time for few rows and on some CPUs for any, gives every score up to a known error. Few words can then
+still be the best; of these the scores are made exactly. So the answer is that of exact scores: the error's bound
+always holds.
 
 Shape letters: R rows, H width, V vocabulary, D words a block, C blocks with candidates, P candidates of all rows.
 """
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -14,6 +18,7 @@ from torch.nn import functional as F
 
 from .best_words import BLOCK, best_words
 from .step_products import StepLinear, linear, loop_weights, pack, packed_product
+from .timing import fastest_seconds
 
 # A number rounded to bfloat16, which keeps 8 bits of it, is off by at most this part.
 ROUNDING = 2.0**-8
@@ -22,6 +27,53 @@ WORTH_SCREENING = 2**20
 # More candidates a row, or a larger part of the vocabulary, cost as much as exact scores of all words.
 MOST_CANDIDATES = 8
 MOST_OF_VOCABULARY = 1 / 32
+# The matrix whose products are timed; with more rows than these they are bound by arithmetic in any case.
+MEASURED = (4096, 512)
+MOST_ROWS_MEASURED = 64
+
+
+class RoughScores:
+    """
+    W x + b by a product in bfloat16, and how far off it may be.
+
+    Args:
+        weight: W in float32, [V, H].
+        bias: b, [V].
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        filling = -len(weight) % BLOCK  # of the last block
+        rounded = weight.new_zeros((len(weight) + filling, weight.size(1)), dtype=torch.bfloat16)
+        rounded[: len(weight)] = weight
+        self.bias = F.pad(weight.new_zeros(len(weight)) if bias is None else bias, (0, filling), value=-torch.inf)
+        self.packed = pack(rounded)
+        self.weight = rounded if self.packed is None else None  # only one of them is needed
+        error = 3 * ROUNDING + 3 * ROUNDING**2 + ROUNDING**3  # (1 + u)^3 - 1
+        self.error = (error + weight.size(1) * 2**-22) * weight.norm(dim=1).amax().item()
+        self.room = weight.new_empty(0)  # new memory at every step would cost more than the scores do
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[R, H] -> [R, V rounded up to whole blocks] in float32; the next call overwrites them."""
+        rounded = x.bfloat16()
+        if self.packed is not None:
+            products = packed_product(rounded, self.packed)
+        else:
+            assert self.weight is not None
+            products = F.linear(rounded, self.weight)
+        if self.room.numel() < products.numel():
+            with torch.inference_mode(False):  # a tensor that can be written to in other modes, too
+                self.room = torch.empty(products.numel(), dtype=torch.float32, device=x.device)
+        return torch.add(products, self.bias, out=self.room[: products.numel()].view_as(products))
+
+    def errors(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        The most by which a row's scores are off, [R, 1].
+
+        Rounding w, x and their product, each by a part of u = `ROUNDING` at most, changes it by no more than
+        ((1 + u)^3 - 1) sum_h |w_h x_h|, where the sum is at most |w| |x| (Cauchy and Schwarz). The rest is for what
+        summing H products in float32 may lose, here and in exact scores: 2 H 2^-23 |w| |x|.
+        """
+        return x.norm(dim=1, keepdim=True) * self.error
 
 
 class Screen:
@@ -33,22 +85,15 @@ class Screen:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         self.weight, self.bias = weight, bias
-        filling = -len(weight) % BLOCK  # of the last block
-        rough = weight.new_zeros((len(weight) + filling, weight.size(1)), dtype=torch.bfloat16)
-        rough[: len(weight)] = weight
-        self.padded_bias = F.pad(
-            weight.new_zeros(len(weight)) if bias is None else bias, (0, filling), value=-torch.inf
-        )
-        self.packed = pack(rough)
-        self.rough_weight = rough if self.packed is None else None  # only one of them is needed
-        rounded = 3 * ROUNDING + 3 * ROUNDING**2 + ROUNDING**3  # (1 + u)^3 - 1
-        self.error = (rounded + weight.size(1) * 2**-22) * weight.norm(dim=1).amax().item()
         self.is_useful = True  # until one batch has too many candidates
-        self.room = weight.new_empty(0)  # for rough scores: new memory at every step would cost more than they do
+
+    @functools.cached_property
+    def rough_scores(self) -> RoughScores:
+        return RoughScores(self.weight, self.bias)
 
     def best(self, x: torch.Tensor) -> torch.Tensor:
         """`argmax_v (W x + b)_v`, the first of equal ones: [R, H] -> [R]."""
-        if self.is_useful:
+        if self.is_useful and rough_is_faster(len(x)):
             found = self._search(x)
             if found is not None:
                 return found
@@ -59,9 +104,10 @@ class Screen:
         """`None` where too many words are candidates, or something is not a number."""
         number, vocabulary = len(x), len(self.weight)
         most = max(MOST_CANDIDATES * number, vocabulary * MOST_OF_VOCABULARY)
-        rough = self._rough_scores(x).unflatten(1, (-1, BLOCK))  # [R, V / D rounded up, D]
+        rough = self.rough_scores(x).unflatten(1, (-1, BLOCK))  # [R, V / D rounded up, D]
         maxima = rough.amax(2)
-        thresholds = maxima.amax(1, keepdim=True) - 2 * self._errors(x)  # what is less is not the best one, [R, 1]
+        # What is less is not the best one, [R, 1].
+        thresholds = maxima.amax(1, keepdim=True) - 2 * self.rough_scores.errors(x)
         rows, blocks = (maxima >= thresholds).nonzero().unbind(1)  # [C]
         if len(rows) > most:
             return None
@@ -71,34 +117,11 @@ class Screen:
             return words
         if len(rows) > most:
             return None
-        exact = (self.weight[words] * x[rows]).sum(1) + self.padded_bias[words]
+        exact = (self.weight[words] * x[rows]).sum(1) + self.rough_scores.bias[words]
         best = exact.new_full((number,), -torch.inf).scatter_reduce(0, rows, exact, "amax")
         words = words.where(exact >= best[rows], vocabulary)
         first = words.new_full((number,), vocabulary).scatter_reduce(0, rows, words, "amin")
         return None if (first == vocabulary).any() else first
-
-    def _rough_scores(self, x: torch.Tensor) -> torch.Tensor:
-        """In float32, [R, V rounded up to whole blocks]; the next call overwrites them."""
-        rounded = x.bfloat16()
-        if self.packed is not None:
-            products = packed_product(rounded, self.packed)
-        else:
-            assert self.rough_weight is not None
-            products = F.linear(rounded, self.rough_weight)
-        if self.room.numel() < products.numel():
-            with torch.inference_mode(False):  # a tensor that can be written to in other modes, too
-                self.room = torch.empty(products.numel(), dtype=torch.float32, device=x.device)
-        return torch.add(products, self.padded_bias, out=self.room[: products.numel()].view_as(products))
-
-    def _errors(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        The most by which a row's rough scores are off, [R, 1].
-
-        Rounding w, x and their product, each by a part of u = `ROUNDING` at most, changes it by no more than
-        ((1 + u)^3 - 1) sum_h |w_h x_h|, where the sum is at most |w| |x| (Cauchy and Schwarz). The rest is for what
-        summing H products in float32 may lose, here and in exact scores: 2 H 2^-23 |w| |x|.
-        """
-        return x.norm(dim=1, keepdim=True) * self.error
 
 
 def screen_of(layer: nn.Module) -> Screen | None:
@@ -128,3 +151,24 @@ def has_bfloat16_products() -> bool:
     onednn = torch.backends.mkldnn
     usable = onednn.is_available() and bool(onednn.enabled)
     return usable and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def rough_is_faster(rows: int) -> bool:
+    """
+    Whether products of so many rows take less time in bfloat16 on this CPU. Of few rows they do, since they have half
+    as much to read; of many on CPUs that have more units for them than for float32, which no flag tells.
+    """
+    return _rough_is_faster(min(1 << (rows - 1).bit_length(), MOST_ROWS_MEASURED), torch.get_num_threads())
+
+
+@functools.cache
+def _rough_is_faster(rows: int, threads: int) -> bool:
+    """Measured once a process for each power of two, in a tenth of a second or less."""
+
+    def product(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        x, weight = torch.ones(rows, MEASURED[1], dtype=dtype), torch.ones(MEASURED, dtype=dtype)
+        packed = pack(weight)
+        return (lambda: F.linear(x, weight)) if packed is None else (lambda: packed_product(x, packed))
+
+    rough, exact = fastest_seconds(product(torch.bfloat16), product(torch.float32))
+    return rough < exact

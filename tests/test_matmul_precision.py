@@ -1,12 +1,16 @@
 """The precision of float32 products: measured before it is changed, and put back."""
 
+import logging
+import time
+
 import pytest
 import torch
 from tiny_trainer import make_arguments, make_trainer
 from transformers import TrainerCallback
 
 from hf_rnn_seq2seq import matmul_precision
-from hf_rnn_seq2seq.matmul_precision import gain_of_medium
+from hf_rnn_seq2seq.matmul_precision import gain_of_bfloat16, gain_of_medium
+from hf_rnn_seq2seq.timing import fastest_seconds
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +72,34 @@ def test_the_measurement_is_one():
     assert 0 < error < 0.02  # float32 or bfloat16, not zero: the products were made
     assert 0.01 < gain < 100
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_bfloat16_is_measured_as_well():
+    assert 0.01 < gain_of_bfloat16(64, 128) < 100
+
+
+def test_the_fastest_of_turns_counts_without_the_first():
+    waits = {"a": iter([0.0, *[0.02] * 14, 0.003]), "b": iter([0.0, *[0.001] * 15])}
+    turns = []
+
+    def contestant(name):
+        turns.append(name)
+        time.sleep(next(waits[name]))
+
+    a, b = fastest_seconds(lambda: contestant("a"), lambda: contestant("b"))
+    assert 0.003 <= a < 0.02
+    assert b >= 0.001
+    assert turns == ["a", "b"] * 16
+
+
+@pytest.mark.parametrize(("gain", "warned"), [(0.5, True), (1.5, False)])
+def test_bf16_that_is_slower_is_warned_of(monkeypatch, tmp_path, caplog, gain, warned):
+    monkeypatch.setattr(matmul_precision, "gain_of_bfloat16", lambda rows, width: gain)
+    monkeypatch.setattr(logging.getLogger("hf_rnn_seq2seq"), "propagate", True)
+    train(tmp_path / "float32")
+    assert "bfloat16" not in caplog.text
+    train(tmp_path / "bf16", bf16=True)
+    assert ("products in bfloat16 take 2.0 times as long" in caplog.text) == warned
 
 
 def test_auto_leaves_a_users_choice_alone(monkeypatch, tmp_path):

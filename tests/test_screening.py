@@ -13,7 +13,7 @@ from torch import nn
 from hf_rnn_seq2seq import RnnSeq2SeqEnsemble, screening, step_products
 from hf_rnn_seq2seq.heads import HeadInput, LinearHead
 from hf_rnn_seq2seq.int8 import Int8Linear
-from hf_rnn_seq2seq.screening import Screen, screen_of
+from hf_rnn_seq2seq.screening import RoughScores, Screen, screen_of
 from hf_rnn_seq2seq.step_products import StepLinear, shared_by_steps
 
 LENGTHS = [5, 1, 3, 7, 2, 6, 4, 1]
@@ -23,6 +23,15 @@ HEADS: list[dict[str, Any]] = [
     {"head_type": "deep"},
     {"head_type": "deep_tanh"},
 ]
+
+
+rough_is_faster = screening.rough_is_faster
+
+
+@pytest.fixture(autouse=True)
+def any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested is the same on all of them, however fast their products in bfloat16 are."""
+    monkeypatch.setattr(screening, "rough_is_faster", lambda rows: True)
 
 
 @pytest.fixture
@@ -88,8 +97,8 @@ def test_rough_scores_are_not_off_by_more(rows: int, vocabulary: int, width: int
         up = 1 + 2.0**-8 + 2.0**-20
         weight, x = weight.sign().abs() * up, x.sign().abs() * up
     screen = Screen(weight, bias)
-    off = (screen._rough_scores(x)[:, :vocabulary] - (x.double() @ weight.double().T + bias)).abs().amax(1)
-    allowed = screen._errors(x)[:, 0]
+    off = (screen.rough_scores(x)[:, :vocabulary] - (x.double() @ weight.double().T + bias)).abs().amax(1)
+    allowed = screen.rough_scores.errors(x)[:, 0]
     assert (off <= allowed).all()
     assert not one_way or (off > allowed / 4).all()
 
@@ -110,12 +119,12 @@ def test_where_the_rough_scores_mislead() -> None:
     of_all[7, 0], their_inputs[0, 0] = 1 + 15 * u + little, 1 + 17 * u + little
     of_all[3, 1], their_inputs[0, 1] = 1 + 17 * u - little, 1 + 15 * u - little
     bias[7], bias[3] = 0, 1e-4
-    rough = Screen(of_all, bias)._rough_scores(their_inputs)[0]
-    assert rough[7] - rough[3] > Screen(of_all, bias)._errors(their_inputs)
+    rough = RoughScores(of_all, bias)(their_inputs)[0]
+    assert rough[7] - rough[3] > RoughScores(of_all, bias).errors(their_inputs)
     for weight, x, b in ((weights, ones, None), (of_inputs, inputs, None), (of_all, their_inputs, bias)):
         screen = Screen(weight, b)
         assert nn.functional.linear(x, weight, b).argmax(1).tolist() == [3]
-        assert screen._rough_scores(x).argmax(1).tolist() == [7]
+        assert screen.rough_scores(x).argmax(1).tolist() == [7]
         found = screen._search(x)
         assert found is not None
         assert found.tolist() == [3]
@@ -167,7 +176,7 @@ def test_a_screen_serves_every_mode_and_number_of_rows(monkeypatch: pytest.Monke
     finally:
         torch.set_default_dtype(torch.float32)
     assert screen.is_useful
-    assert screen.rough_weight is None or screen.packed is None
+    assert screen.rough_scores.weight is None or screen.rough_scores.packed is None
 
 
 def test_given_up_the_output_layer_is_packed_once(searched: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +290,38 @@ def test_other_weights_have_no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     with torch.backends.mkldnn.flags(enabled=False):
         assert not screening.has_bfloat16_products()
+
+
+def test_rows_whose_rough_scores_are_no_faster_are_scored_exactly(
+    searched: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(1000, 16), torch.randn(8, 16)
+    monkeypatch.setattr(screening, "rough_is_faster", lambda rows: rows <= 3)
+    screen = Screen(weight, None)
+    for rows in (8, 4):
+        assert torch.equal(screen.best(x[:rows]), (x[:rows] @ weight.T).argmax(1))
+    assert "rough_scores" not in vars(screen)  # nothing is made for what may never be used
+    for rows in (3, 8, 1):
+        assert torch.equal(screen.best(x[:rows]), (x[:rows] @ weight.T).argmax(1))
+    assert searched == [3, 1]
+
+
+def test_what_is_faster_is_measured_once_for_each_power_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    screening._rough_is_faster.cache_clear()
+    measured: list[int] = []
+
+    def fastest(*contestants: Any) -> list[float]:
+        rough, exact = (contestant() for contestant in contestants)
+        assert (rough.dtype, exact.dtype) == (torch.bfloat16, torch.float32)
+        measured.append(len(rough))
+        return [1.0, 2.0] if len(rough) < 32 else [2.0, 1.0]
+
+    monkeypatch.setattr(screening, "fastest_seconds", fastest)
+    answers = [rough_is_faster(rows) for rows in (1, 2, 3, 4, 17, 32, 33, 64, 65, 1000)]
+    assert answers == [True] * 4 + [False] * 6
+    assert measured == [1, 2, 4, 32, 64]
+    screening._rough_is_faster.cache_clear()
 
 
 class Contrary(LinearHead):

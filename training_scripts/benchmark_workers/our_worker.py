@@ -12,6 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import hf_rnn_seq2seq.decoder
 from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration, screening
+from hf_rnn_seq2seq.matmul_precision import recommended_precision
 
 PAD, START, END = 0, 1, 2
 models: dict[str, Any] = {}
@@ -44,6 +45,11 @@ def train(name: str, batches: list[Batch], precision: str) -> float:
         return timed_updates(update, batches, precision)
     finally:
         hf_rnn_seq2seq.decoder.shared_by_steps = shared
+
+
+def recommended(rows: int, width: int) -> str:
+    """The precision of float32 products that training takes by default here."""
+    return recommended_precision(rows, width)
 
 
 def limit(
@@ -141,4 +147,5 @@ def peak_memory() -> float:
 
 
 if __name__ == "__main__":
-    serve({"make": make, "train": train, "limit": limit, "load": load, "decode": decode, "peak_memory": peak_memory})
+    jobs = (make, train, recommended, limit, load, decode, peak_memory)
+    serve({job.__name__: job for job in jobs})
