@@ -10,15 +10,14 @@ Shape letters: R rows, H width, V vocabulary, D words a block, C blocks with can
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .best_words import BLOCK, best_words
-from .step_products import StepLinear, linear, loop_weights, pack, packed_product
-from .timing import fastest_seconds
+from .packed_products import can_be_packed, pack, packed_product, rough_is_faster
+from .step_products import StepLinear, linear, loop_weights
 
 # A number rounded to bfloat16, which keeps 8 bits of it, is off by at most this part.
 ROUNDING = 2.0**-8
@@ -27,9 +26,6 @@ WORTH_SCREENING = 2**20
 # More candidates a row, or a larger part of the vocabulary, cost as much as exact scores of all words.
 MOST_CANDIDATES = 8
 MOST_OF_VOCABULARY = 1 / 32
-# The matrix whose products are timed; with more rows than these they are bound by arithmetic in any case.
-MEASURED = (4096, 512)
-MOST_ROWS_MEASURED = 64
 
 
 class RoughScores:
@@ -46,7 +42,7 @@ class RoughScores:
         rounded = weight.new_zeros((len(weight) + filling, weight.size(1)), dtype=torch.bfloat16)
         rounded[: len(weight)] = weight
         self.bias = F.pad(weight.new_zeros(len(weight)) if bias is None else bias, (0, filling), value=-torch.inf)
-        self.packed = pack(rounded)
+        self.packed = pack(rounded) if can_be_packed(rounded) else None
         self.weight = rounded if self.packed is None else None  # only one of them is needed
         error = 3 * ROUNDING + 3 * ROUNDING**2 + ROUNDING**3  # (1 + u)^3 - 1
         self.error = (error + weight.size(1) * 2**-22) * weight.norm(dim=1).amax().item()
@@ -151,24 +147,3 @@ def has_bfloat16_products() -> bool:
     onednn = torch.backends.mkldnn
     usable = onednn.is_available() and bool(onednn.enabled)
     return usable and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-
-
-def rough_is_faster(rows: int) -> bool:
-    """
-    Whether products of so many rows take less time in bfloat16 on this CPU. Of few rows they do, since they have half
-    as much to read; of many on CPUs that have more units for them than for float32, which no flag tells.
-    """
-    return _rough_is_faster(min(1 << (rows - 1).bit_length(), MOST_ROWS_MEASURED), torch.get_num_threads())
-
-
-@functools.cache
-def _rough_is_faster(rows: int, threads: int) -> bool:
-    """Measured once a process for each power of two, in a tenth of a second or less."""
-
-    def product(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        x, weight = torch.ones(rows, MEASURED[1], dtype=dtype), torch.ones(MEASURED, dtype=dtype)
-        packed = pack(weight)
-        return (lambda: F.linear(x, weight)) if packed is None else (lambda: packed_product(x, packed))
-
-    rough, exact = fastest_seconds(product(torch.bfloat16), product(torch.float32))
-    return rough < exact

@@ -17,8 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Matrices with fewer numbers are not worth oneDNN's longer call.
-PACKED_SIZE = 2**18
+from .packed_products import can_be_packed, pack, packed_is_faster, packed_product
 
 
 class LoopWeight:
@@ -43,15 +42,15 @@ class LoopWeight:
         self.token = _Weight.apply(self, weight, bias) if self.needs_grad else None
         self.spared = spared  # is its first product made before it is packed?
         self.packed: torch.Tensor | None = None
-        self.to_pack = packed and not self.needs_grad
+        self.may_pack = packed and not self.needs_grad and can_be_packed(self.weight)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """W x + b [..., O] of one step, x [..., I], without a gradient."""
-        if self.to_pack and not self.spared:
-            self.packed, self.to_pack = pack(self.weight), False
-        self.spared = False
-        if self.packed is None:
+        spared, self.spared = self.spared, False
+        if not self.may_pack or spared or not packed_is_faster(self.weight.dtype, x.numel() // x.size(-1)):
             return F.linear(x, self.weight, self.bias)
+        if self.packed is None:
+            self.packed = pack(self.weight)
         return packed_product(x.to(self.weight.dtype), self.packed, self.bias)
 
     def put_aside(self, x: torch.Tensor, grad: torch.Tensor) -> None:
@@ -68,25 +67,6 @@ class LoopWeight:
             return None
         x, grad = (torch.cat(parts) for parts in zip(*steps, strict=True))  # [T * B, I], [T * B, O]
         return grad.t() @ x, grad.sum(0)
-
-
-def pack(weight: torch.Tensor) -> torch.Tensor | None:
-    """
-    A matrix in the layout that oneDNN's products want, or `None` where these are no faster. On a CPU they take half of
-    the usual product's time in float32, four fifths in bfloat16, and for a few rows a fifth and half.
-    """
-    if type(weight) not in (torch.Tensor, nn.Parameter) or not weight.is_cpu or weight.numel() < PACKED_SIZE:
-        return None
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
-        return None
-    if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.ops.mkldnn._reorder_linear_weight(weight)
-    return torch.ops.mkldnn._reorder_linear_weight(weight) if weight.dtype == torch.float32 else None
-
-
-def packed_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """W x + b [..., O], x [..., I] of the type that W had when `pack` made `packed` of it."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 class _Weight(torch.autograd.Function):

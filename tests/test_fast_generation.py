@@ -17,7 +17,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from hf_rnn_seq2seq import RnnSeq2SeqEnsemble, RnnSeq2SeqForConditionalGeneration, step_products
 from hf_rnn_seq2seq.fast_generation import DROPPED_PART, DecodingSteps
 from hf_rnn_seq2seq.modeling_rnn_seq2seq import RnnSeq2SeqLMOutput
-from hf_rnn_seq2seq.step_products import PACKED_SIZE, StepLinear, pack, shared_by_steps
+from hf_rnn_seq2seq.packed_products import PACKED_SIZE, pack
+from hf_rnn_seq2seq.step_products import StepLinear, shared_by_steps
 
 LENGTHS = [5, 1, 3, 7, 2, 6, 4, 1]
 
@@ -359,8 +360,21 @@ def test_whatever_else_is_wanted_goes_by_transformers_loops(read: list[int]) -> 
 # Packed products
 
 
+@pytest.fixture(params=[True, False, None], ids=["packed", "plain", "by rows"])
+def packs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What measurements say, on any machine."""
+    says = (lambda dtype, rows: rows > 2) if request.param is None else (lambda dtype, rows: request.param)
+    monkeypatch.setattr(step_products, "packed_is_faster", says)
+
+
+@pytest.fixture
+def always_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_products, "packed_is_faster", lambda dtype, rows: True)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.usefixtures("packs")
 def test_packed_products_equal_plain_ones(dtype: torch.dtype, tolerance: float, bias: bool) -> None:
     torch.manual_seed(0)
     layer = StepLinear(517, 509, bias=bias).to(dtype)
@@ -376,6 +390,7 @@ def test_packed_products_equal_plain_ones(dtype: torch.dtype, tolerance: float, 
             torch.testing.assert_close(small(x[..., :5]), F.linear(x[..., :5], small.weight, small.bias))
 
 
+@pytest.mark.usefixtures("packs")
 def test_packed_weights_are_those_of_the_call() -> None:
     """Nothing is kept from one call of generate() to the next."""
     model = tiny_model(hidden_size=256, embedding_size=16).float()
@@ -389,6 +404,7 @@ def test_packed_weights_are_those_of_the_call() -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.usefixtures("always_packs")
 def test_packed_for_many_calls() -> None:
     """Once for all calls inside, and with the model's present weights at each entry."""
     model = tiny_model(hidden_size=256, embedding_size=16).float()
@@ -400,7 +416,7 @@ def test_packed_for_many_calls() -> None:
                 parameter.mul_(scale)
         packings: list[torch.Tensor] = []
 
-        def count(weight: torch.Tensor, packings: list[torch.Tensor] = packings) -> torch.Tensor | None:
+        def count(weight: torch.Tensor, packings: list[torch.Tensor] = packings) -> torch.Tensor:
             packings.append(weight)
             return pack(weight)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from models import CONFIGURATIONS, batch_of, name_of, ragged_batch, tiny_model
 from torch import nn
 
-from hf_rnn_seq2seq import RnnSeq2SeqEnsemble, screening, step_products
+from hf_rnn_seq2seq import RnnSeq2SeqEnsemble, packed_products, screening, step_products
 from hf_rnn_seq2seq.heads import HeadInput, LinearHead
 from hf_rnn_seq2seq.int8 import Int8Linear
 from hf_rnn_seq2seq.screening import RoughScores, Screen, screen_of
@@ -25,13 +25,11 @@ HEADS: list[dict[str, Any]] = [
 ]
 
 
-rough_is_faster = screening.rough_is_faster
-
-
 @pytest.fixture(autouse=True)
 def any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested is the same on all of them, however fast their products in bfloat16 are."""
     monkeypatch.setattr(screening, "rough_is_faster", lambda rows: True)
+    monkeypatch.setattr(step_products, "packed_is_faster", lambda dtype, rows: True)
 
 
 @pytest.fixture
@@ -165,7 +163,7 @@ def test_a_screen_serves_every_mode_and_number_of_rows(monkeypatch: pytest.Monke
     torch.manual_seed(0)
     weight, x = torch.randn(1000, 16), torch.randn(9, 16)
     expected = (x @ weight.T).argmax(1)
-    monkeypatch.setattr(step_products, "PACKED_SIZE", 0)
+    monkeypatch.setattr(packed_products, "PACKED_SIZE", 0)
     torch.set_default_dtype(torch.float64)
     try:
         screen = Screen(weight, None)
@@ -180,7 +178,7 @@ def test_a_screen_serves_every_mode_and_number_of_rows(monkeypatch: pytest.Monke
 
 
 def test_given_up_the_output_layer_is_packed_once(searched: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_products, "PACKED_SIZE", 0)
+    monkeypatch.setattr(packed_products, "PACKED_SIZE", 0)
     layer = StepLinear(16, 5000)
     x = torch.randn(3, 16)
     with torch.no_grad(), shared_by_steps(packed=True):
@@ -307,23 +305,6 @@ def test_rows_whose_rough_scores_are_no_faster_are_scored_exactly(
     assert searched == [3, 1]
 
 
-def test_what_is_faster_is_measured_once_for_each_power_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    screening._rough_is_faster.cache_clear()
-    measured: list[int] = []
-
-    def fastest(*contestants: Any) -> list[float]:
-        rough, exact = (contestant() for contestant in contestants)
-        assert (rough.dtype, exact.dtype) == (torch.bfloat16, torch.float32)
-        measured.append(len(rough))
-        return [1.0, 2.0] if len(rough) < 32 else [2.0, 1.0]
-
-    monkeypatch.setattr(screening, "fastest_seconds", fastest)
-    answers = [rough_is_faster(rows) for rows in (1, 2, 3, 4, 17, 32, 33, 64, 65, 1000)]
-    assert answers == [True] * 4 + [False] * 6
-    assert measured == [1, 2, 4, 32, 64]
-    screening._rough_is_faster.cache_clear()
-
-
 class Contrary(LinearHead):
     """A head of somebody's own, whose worst word is the best one."""
 
@@ -351,11 +332,11 @@ def test_ensembles_score_all_words(searched: list[int]) -> None:
 
 def test_an_output_layer_with_a_screen_is_not_packed(monkeypatch: pytest.MonkeyPatch, searched: list[int]) -> None:
     """But where its scores are wanted after all, once for many calls."""
-    monkeypatch.setattr(step_products, "PACKED_SIZE", 0)
+    monkeypatch.setattr(packed_products, "PACKED_SIZE", 0)
     packings: list[int] = []
     pack = step_products.pack
 
-    def count(weight: torch.Tensor) -> torch.Tensor | None:
+    def count(weight: torch.Tensor) -> torch.Tensor:
         packings.append(id(weight.untyped_storage()))
         return pack(weight)
 

@@ -1,0 +1,82 @@
+"""
+Matrices in the layout that oneDNN's products want, and whether their products are faster on this CPU.
+
+That depends on the number of rows, and on the processor. Of one row a product takes the time of reading the matrix,
+and in bfloat16 half of it. On AMD's Zen 4 a packed matrix is then read in a fifth of the time that torch's usual
+product (MKL's) takes, on Intel's processors in twice the time. Of many rows a product is bound by arithmetic: in
+bfloat16 twice as fast on one CPU, slower than in float32 on another with the same flags. So it is measured.
+
+Shapes: O output, I input.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .timing import fastest_seconds
+
+# Matrices with fewer numbers are not worth oneDNN's longer call.
+PACKED_SIZE = 2**18
+# What is measured: products with this matrix, of 1, 2, 4, ... and MOST_ROWS rows, which stand for more, too.
+MEASURED = (4096, 512)
+MOST_ROWS = 64
+# How many times as fast as its rival something is that is worth a change of the last digit.
+LEAST_GAIN = 1.2
+
+
+def can_be_packed(weight: torch.Tensor) -> bool:
+    """Whether oneDNN is there for a matrix of this kind, and it is not too small."""
+    if type(weight) not in (torch.Tensor, nn.Parameter) or not weight.is_cpu or weight.numel() < PACKED_SIZE:
+        return False
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """A matrix [O, I] that `can_be_packed` in oneDNN's layout."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+def packed_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """W x + b [..., O], x [..., I] of the type that W had when `pack` made `packed` of it."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def packed_is_faster(dtype: torch.dtype, rows: int) -> bool:
+    """Whether products of so many rows are to be made by `packed_product`."""
+    return _gain(_measured(rows), dtype, True, dtype, False, torch.get_num_threads()) > 1 / LEAST_GAIN
+
+
+def rough_is_faster(rows: int) -> bool:
+    """Whether products of so many rows take less time in bfloat16 than in float32, each made as fast as it can be."""
+    rows, threads = _measured(rows), torch.get_num_threads()
+    gain = _gain(rows, torch.bfloat16, True, torch.float32, True, threads)
+    return gain > LEAST_GAIN and gain * _gain(rows, torch.float32, True, torch.float32, False, threads) > LEAST_GAIN
+
+
+def _measured(rows: int) -> int:
+    """The number of rows that stands for so many, of a few."""
+    return min(1 << max(rows - 1, 0).bit_length(), MOST_ROWS)
+
+
+@functools.cache
+def _gain(
+    rows: int, dtype: torch.dtype, packed: bool, other_dtype: torch.dtype, other_packed: bool, threads: int
+) -> float:
+    """How many times as fast one way to make a product is as another. Measured once a process."""
+
+    def product(dtype: torch.dtype, packed: bool) -> Callable[[], torch.Tensor]:
+        x, weight = torch.ones(rows, MEASURED[1], dtype=dtype), torch.ones(MEASURED, dtype=dtype)
+        if not (packed and can_be_packed(weight)):
+            return lambda: F.linear(x, weight)
+        matrix = pack(weight)
+        return lambda: packed_product(x, matrix)
+
+    one, other = fastest_seconds(product(dtype, packed), product(other_dtype, other_packed))
+    return other / one

@@ -1,0 +1,73 @@
+"""What is measured of packed products, and what follows from it."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from hf_rnn_seq2seq import packed_products
+from hf_rnn_seq2seq.packed_products import can_be_packed, pack, packed_is_faster, packed_product, rough_is_faster
+
+WIDE, NARROW = torch.float32, torch.bfloat16
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[tuple[int, torch.dtype, torch.dtype], float]]:
+    """The gains of the first contestant by rows and both types, 1 by default. Packed and plain differ in nothing."""
+    gains: dict[tuple[int, torch.dtype, torch.dtype], float] = {}
+
+    def fastest(*contestants: object) -> list[float]:
+        one, other = (contestant() for contestant in contestants)  # type: ignore[operator]
+        assert one.shape == other.shape == (len(one), packed_products.MEASURED[0])
+        return [1.0, gains.setdefault((len(one), one.dtype, other.dtype), 1.0)]
+
+    monkeypatch.setattr(packed_products, "fastest_seconds", fastest)
+    packed_products._gain.cache_clear()
+    yield gains
+    packed_products._gain.cache_clear()
+
+
+def test_rows_are_measured_once_by_powers_of_two(measured: dict[tuple[int, torch.dtype, torch.dtype], float]) -> None:
+    for rows in (1, 2, 3, 4, 17, 32, 33, 64, 65, 1000, 1):
+        assert packed_is_faster(WIDE, rows)
+    assert list(measured) == [(rows, WIDE, WIDE) for rows in (1, 2, 4, 32, 64)]
+    packed_is_faster(NARROW, 1)
+    assert list(measured)[-1] == (1, NARROW, NARROW)
+
+
+def test_only_a_plain_product_that_is_clearly_faster_is_taken(
+    measured: dict[tuple[int, torch.dtype, torch.dtype], float],
+) -> None:
+    measured |= {(1, WIDE, WIDE): 0.5, (2, WIDE, WIDE): 0.9, (4, WIDE, WIDE): 3.0}
+    assert [packed_is_faster(WIDE, rows) for rows in (1, 2, 4)] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("of_narrow", "of_packed", "expected"),
+    [(1.5, 1.0, True), (1.1, 3.0, False), (0.6, 1.0, False), (1.5, 0.6, False), (3.0, 0.6, True)],
+)
+def test_rough_products_have_to_beat_both_exact_ones(
+    measured: dict[tuple[int, torch.dtype, torch.dtype], float], of_narrow: float, of_packed: float, expected: bool
+) -> None:
+    measured |= {(8, NARROW, WIDE): of_narrow, (8, WIDE, WIDE): of_packed}
+    assert rough_is_faster(8) == expected
+
+
+@pytest.mark.parametrize("rows", [1, 5, 100])
+def test_both_kinds_are_measured_for_real(rows: int) -> None:
+    packed_products._gain.cache_clear()
+    assert packed_is_faster(WIDE, rows) in (True, False)
+    assert rough_is_faster(rows) in (True, False)
+    assert packed_products._gain.cache_info().currsize >= 2
+
+
+def test_what_can_be_packed() -> None:
+    weight = torch.randn(512, 512)
+    torch.testing.assert_close(packed_product(weight[:3], pack(weight)), weight[:3] @ weight.T, atol=1e-3, rtol=1e-4)
+    assert can_be_packed(weight)
+    assert not can_be_packed(weight[:500])
+    assert not can_be_packed(weight.double())
+    assert not can_be_packed(weight.half())
+    assert not can_be_packed(weight.to("meta"))
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not can_be_packed(weight)
