@@ -240,7 +240,7 @@ def what_is_missing(output_dir: Path) -> list[str]:
         CardError: a file is missing or broken.
     """
     record, results = read_json(output_dir / RUN_RECORD_NAME), read_json(output_dir / "all_results.json")
-    missing = [f"all_results.json: {name}" for name in ("train_runtime", "train_loss") if name not in results]
+    missing = [f"all_results.json: {name}" for name in ("train_total_runtime", "train_loss") if name not in results]
     for split, prefix in (("validation", "eval"), ("test", "predict")):
         if split == "test" and split not in record["data"]:
             missing.append("figures of the test data (--do_predict)")
@@ -361,10 +361,10 @@ def reproduction(record: Mapping[str, Any]) -> str:
 
 def duration(record: Mapping[str, Any], results: Mapping[str, float | str]) -> str:
     hardware = record["hardware"]
-    seconds = results.get("train_runtime")
+    seconds = results.get("train_total_runtime")
     time = f" in {seconds:,.0f} seconds" if isinstance(seconds, int | float) else ""
     if record["resumed"]:
-        time += " (since it was last resumed: it was interrupted)"
+        time += " (it was interrupted, and resumed from a checkpoint)"
     cores = f"{hardware['cores']} cores of {hardware['cpu']}"
     gpus = ", ".join(hardware["gpus"])
     return f"{time}, on {gpus + ' with ' if gpus else ''}{cores}, begun {record['started']}"

@@ -27,6 +27,7 @@ from .moving_average import TRAINING_WEIGHTS_NAME, MovingAverage, load_training_
 from .optimization import OptimizationArguments, OptimizationTrainer
 from .sharding import own_class, shard_tables_for
 from .training_objective import ObjectiveArguments, ObjectiveTrainer
+from .training_time import TrainingTime
 
 # Ends of metric names of which less is better.
 LOWER_IS_BETTER = ("loss", "perplexity", "error_rate", "wer", "cer")
@@ -129,6 +130,8 @@ class RnnSeq2SeqTrainer(ObjectiveTrainer, OptimizationTrainer, BatchingTrainer, 
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.training_time = TrainingTime()
+        self.add_callback(self.training_time)
         self.moving_average: MovingAverage | None = None
         if isinstance(self.args, RnnSeq2SeqTrainingArguments) and self.args.ema_decay is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -139,14 +142,17 @@ class RnnSeq2SeqTrainer(ObjectiveTrainer, OptimizationTrainer, BatchingTrainer, 
             self.add_callback(MatmulPrecision(self.args.float32_matmul_precision))
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As everywhere in transformers; of a run that was resumed `train_total_runtime` has all of its seconds."""
         own = self.args if isinstance(self.args, RnnSeq2SeqTrainingArguments) else None
         if own is not None and own.keep_freed_memory and own.device.type == "cpu":
             keep_for_training()
         before = torch.get_float32_matmul_precision()
         try:
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
         finally:
             torch.set_float32_matmul_precision(before)
+        output.metrics["train_total_runtime"] = round(self.training_time.seconds, 4)
+        return output
 
     def _averaged(self) -> AbstractContextManager[None]:
         """While this lasts, and if there is a moving average, the model has it for its weights."""

@@ -126,13 +126,22 @@ def test_what_the_card_says(make, place):
     assert "training_scripts/run_seq2seq.py recipe.yaml --seed 3\n" in own
 
 
+def test_an_interrupted_run_has_the_time_of_all_its_parts(make, folder):
+    for name, changed in (("run.json", {"resumed": True}), ("all_results.json", {"train_total_runtime": 98765.4})):
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(values | changed))
+    make([str(folder), "--output", str(folder / "card.md")])
+    said = "epochs in 98,765 seconds (it was interrupted, and resumed from a checkpoint), on "
+    assert said in (folder / "card.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("predict_bleu", "no card without all_results.json: predict_bleu$"),
         ("eval_bleu_signature", "no card without all_results.json: eval_bleu_signature$"),
         ("predict_loss", "no card without all_results.json: predict_loss"),
-        ("train_runtime", "no card without all_results.json: train_runtime$"),
+        ("train_total_runtime", "no card without all_results.json: train_total_runtime$"),
         ("attention_plots", r"no card without attention_plots \(--num_attention_plots\)$"),
         ("run.json", "run.json: can't be read, which a card needs"),
         ("all_results.json", "all_results.json: can't be read, which a card needs"),

@@ -232,3 +232,16 @@ def test_two_processes_predict_each_row_once(make_trainer, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"]
     done = subprocess.run([*command, str(script), str(tmp_path / "o")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_resumed_run_has_the_time_of_all_its_parts(make_trainer, tmp_path):
+    whole = make_trainer(max_steps=4, save_steps=2).train().metrics
+    assert whole["train_total_runtime"] == pytest.approx(whole["train_runtime"], abs=0.5)
+    path = tmp_path / "out" / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    seconds = state["stateful_callbacks"]["TrainingTime"]["attributes"]
+    assert 0 < seconds["seconds"] < whole["train_total_runtime"]
+    seconds["seconds"] = 5000
+    path.write_text(json.dumps(state))
+    rest = make_trainer(max_steps=4).train(resume_from_checkpoint=str(path.parent)).metrics
+    assert rest["train_total_runtime"] == pytest.approx(5000 + rest["train_runtime"], abs=0.5)

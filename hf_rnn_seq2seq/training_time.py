@@ -1,0 +1,32 @@
+"""How long a training has taken in all, however often it was interrupted."""
+
+import time
+from typing import Any, cast
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+
+class TrainingTime(TrainerCallback, ExportableState):
+    """
+    Checkpoints keep the seconds up to them. What came between the last one and an interruption is not counted, as it
+    is done again.
+    """
+
+    def __init__(self) -> None:
+        self.before = 0.0  # this process began
+        self.began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.began
+
+    def state(self) -> dict[str, dict[str, float]]:
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self.began = time.monotonic()
+        earlier = cast(dict[str, Any], state.stateful_callbacks or {}).get(type(self).__name__)
+        self.before = earlier["attributes"]["seconds"] if earlier else 0.0
