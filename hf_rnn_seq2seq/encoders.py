@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
 from .encoder_bodies import ENCODERS
+from .signatures import with_known_signature
 
 
 @dataclass
@@ -66,6 +67,7 @@ class RnnSeq2SeqEncoder(nn.Module):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
 
+    @with_known_signature
     @can_return_tuple
     def forward(
         self,

@@ -133,8 +133,9 @@ class Int8Linear(Int8Matrix):
         if x.numel() == 0:
             return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         results = x.numel() // self.in_features * self.out_features
-        # Without VNNI pairs of products are added up in 16 bits, where x has one bit less.
-        product = torch.ops.quantized.linear_dynamic(
+        # Without VNNI pairs of products are added up in 16 bits, where x has one bit less. The operator's one overload
+        # is named, as to look for it takes longer than a small product.
+        product = torch.ops.quantized.linear_dynamic.default(
             x.to(torch.float32), self._pack(engine_for(results)), not torch.cpu._is_vnni_supported()
         )
         return product.to(x.dtype)

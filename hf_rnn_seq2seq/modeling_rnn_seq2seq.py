@@ -25,6 +25,7 @@ from .int8 import register
 from .losses import as_logits, coverage_loss
 from .pretrained_base import RnnSeq2SeqPreTrainedModel
 from .scheduled_sampling import OwnInputs, ScheduledSampling
+from .signatures import with_known_signature
 from .step_products import StepLinear
 from .wirings import StepOutput
 
@@ -304,6 +305,7 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
         """Used by `DataCollatorForSeq2Seq` and the Trainer's label smoothing. [B, T] -> [B, T]"""
         return shift_tokens_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
 
+    @with_known_signature
     @can_return_tuple
     def forward(
         self,

@@ -1,5 +1,6 @@
 """generate(): every mode with and without the cache, alone and in a batch; continuing; beams' attention; refusals."""
 
+import inspect
 import itertools
 from typing import Any
 
@@ -355,3 +356,13 @@ def test_generation_settings_are_saved_and_used(tmp_path: Any) -> None:
     source, _ = ragged_batch([3])
     assert torch.equal(loaded.generate(source), model.generate(source))
     assert loaded.generate(source).size(1) <= 4
+
+
+@pytest.mark.parametrize("part", ["model", "encoder"])
+def test_the_signature_at_hand_is_the_functions_own(part: str) -> None:
+    model = tiny_model()
+    forward = (model if part == "model" else model.get_encoder()).forward
+    first, *others = inspect.signature(inspect.unwrap(forward.__func__)).parameters.items()
+    assert first[0] == "self"
+    assert list(inspect.signature(forward).parameters.items()) == others
+    assert forward.__func__.__signature__ is not None
