@@ -8,12 +8,12 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, Union, cast
 
 import safetensors
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, TrainerState
 from transformers.trainer_utils import sort_checkpoints
 
 from .model_card import ARGUMENTS_NAME
@@ -54,6 +54,12 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
 def checkpoint_folders(folder: str | Path) -> list[Path]:
     """All checkpoints in a training's output folder, in order of their steps."""
     return [Path(path) for path in sort_checkpoints(str(folder))] if Path(folder).is_dir() else []
+
+
+def saved_attributes(callback: TrainerCallback, state: TrainerState) -> dict[str, Any]:
+    """The attributes that `state()` of a callback of this class left in the checkpoint that is resumed, if any."""
+    saved = cast(dict[str, Any], state.stateful_callbacks or {}).get(type(callback).__name__)
+    return saved["attributes"] if saved else {}
 
 
 def set_aside_broken(folder: str | Path) -> None:

@@ -6,7 +6,6 @@ on a GPU, the same word lowers the precision. No name of a processor says which,
 """
 
 from collections.abc import Callable
-from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from .checkpoints import saved_attributes
 from .timing import fastest_seconds
 
 logger = logging.get_logger(__name__)
@@ -54,13 +54,12 @@ class MatmulPrecision(TrainerCallback, ExportableState):
     ) -> None:
         self.chosen = self.precision
         if self.precision == "auto":
-            earlier = cast(dict[str, Any], state.stateful_callbacks or {}).get(type(self).__name__)
-            self.chosen = earlier["attributes"]["chosen"] if earlier else "auto"
+            self.chosen = saved_attributes(self, state).get("chosen", "auto")
             if self.chosen == "auto":
                 self.chosen = self.measured(args, model)
         torch.set_float32_matmul_precision(self.chosen)
         if args.bf16 and args.device.type == "cpu" and state.is_world_process_zero:
-            gain = gain_of_bfloat16(args.per_device_train_batch_size, getattr(model.config, "hidden_size", 512))
+            gain = gain_of_bfloat16(*rows_and_width(args, model))
             if gain < 1:
                 logger.warning(
                     f"bf16: on this CPU products in bfloat16 take {1 / gain:.1f} times as long as in float32; "
@@ -73,9 +72,13 @@ class MatmulPrecision(TrainerCallback, ExportableState):
         before = torch.get_float32_matmul_precision()
         if args.device.type != "cpu" or before != "highest":
             return before
-        width = getattr(model.config, "hidden_size", 512)
-        (chosen,) = broadcast_object_list([recommended_precision(args.per_device_train_batch_size, width)])
+        (chosen,) = broadcast_object_list([recommended_precision(*rows_and_width(args, model))])
         return chosen
+
+
+def rows_and_width(args: TrainingArguments, model: PreTrainedModel) -> tuple[int, int]:
+    """Of the products that training makes most."""
+    return args.per_device_train_batch_size, getattr(model.config, "hidden_size", 512)
 
 
 def recommended_precision(rows: int, width: int) -> str:
@@ -83,7 +86,7 @@ def recommended_precision(rows: int, width: int) -> str:
     error, gain = gain_of_medium(rows, width)
     chosen = "medium" if error <= LARGEST_ERROR and gain >= LEAST_GAIN else "highest"
     logger.info(
-        f'float32 products at "medium": relative error {error:.1e}, {gain:.2f} times as fast. Chosen: "{chosen}".'
+        f'float32 products at "medium": relative error {error:.1e}, {gain:.2f} times as fast. Recommended: "{chosen}".'
     )
     return chosen
 

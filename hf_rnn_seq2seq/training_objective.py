@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from .configuration_rnn_seq2seq import REGULARIZATION
 from .losses import coverage_loss
 from .minimum_risk import Costs, MinimumRisk, minimum_risk_loss
 from .scheduled_sampling import ScheduledSampling
@@ -228,7 +229,6 @@ LOSSES = (
     ("minimum_risk_weight", "minimum_risk_start", "risk"),
 )
 READ_LOGITS = frozenset({"transition_penalty", "unlikelihood_loss", "r_drop_loss"})
-DROPOUTS = ("dropout", "embedding_dropout", "output_dropout", "attention_dropout", "recurrent_dropout", "zoneout")
 LOSS_WEIGHTS = tuple(weight for weight, _, _ in LOSSES)
 LOSS_STARTS = tuple(start for _, start, _ in LOSSES)
 
@@ -264,10 +264,10 @@ class ObjectiveTrainer(Seq2SeqTrainer):
                     "tokens, so that none can be attended to by itself."
                 )
             self.data_collator = AlignmentCollator(self.data_collator)
-        if args.r_drop_weight > 0 and not any(getattr(config, name, 1) for name in DROPOUTS):
+        if args.r_drop_weight > 0 and not any(getattr(config, name, 1) for name in REGULARIZATION):
             raise ValueError(
                 f"r_drop_weight={args.r_drop_weight!r}: without dropout two passes are the same; one of "
-                f"{', '.join(DROPOUTS)} must be above 0."
+                f"{', '.join(REGULARIZATION)} must be above 0."
             )
         if args.minimum_risk_weight > 0:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:

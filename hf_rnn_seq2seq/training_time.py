@@ -1,10 +1,11 @@
 """How long a training has taken in all, however often it was interrupted."""
 
 import time
-from typing import Any, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+
+from .checkpoints import saved_attributes
 
 
 class TrainingTime(TrainerCallback, ExportableState):
@@ -28,5 +29,4 @@ class TrainingTime(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self.began = time.monotonic()
-        earlier = cast(dict[str, Any], state.stateful_callbacks or {}).get(type(self).__name__)
-        self.before = earlier["attributes"]["seconds"] if earlier else 0.0
+        self.before = saved_attributes(self, state).get("seconds", 0.0)
