@@ -22,6 +22,7 @@ from .encoders import RnnSeq2SeqEncoderOutput
 from .fast_generation import DecodingSteps
 from .generation_rnn_seq2seq import RnnSeq2SeqGenerationMixin
 from .modeling_rnn_seq2seq import RnnSeq2SeqForConditionalGeneration
+from .signatures import with_known_signature
 
 Average = Literal["probabilities", "log_probabilities"]
 
@@ -45,6 +46,7 @@ class RnnSeq2SeqEnsembleEncoder(nn.Module):
         self.encoders = nn.ModuleList(encoders)
         self.first = first
 
+    @with_known_signature
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -231,6 +233,7 @@ class RnnSeq2SeqEnsemble(PreTrainedModel, RnnSeq2SeqGenerationMixin):
         """[B, T] -> [B, T]"""
         return self._members()[0].prepare_decoder_input_ids_from_labels(labels)
 
+    @with_known_signature
     @can_return_tuple
     def forward(
         self,

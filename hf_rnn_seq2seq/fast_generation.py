@@ -236,9 +236,8 @@ class Ended:
         return torch.cat(padded)[torch.cat(self.rows).argsort()]
 
 
-def enough_to_drop(ended: torch.Tensor) -> bool:
-    """[b]"""
-    return int(ended.sum()) >= max(1, len(ended) * DROPPED_PART)
+def enough_to_drop(ended: int, rows: int) -> bool:
+    return ended >= max(1, rows * DROPPED_PART)
 
 
 def output_screen(model: Any) -> Screen | None:
@@ -279,17 +278,21 @@ def sample(
         steps = first_steps(model, outputs, model_kwargs)
         tokens = choose(outputs.logits[:, -1].clone())
         del outputs
+        number_ended = 0
         while True:
-            if fills_up:
+            if fills_up and number_ended:
                 tokens = torch.where(unfinished, tokens, pad)
             input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)
             unfinished = unfinished & ~stopping_criteria(input_ids, None)
-            if not unfinished.any():
+            rows = len(unfinished)
+            number_ended = rows - int(unfinished.sum())
+            if number_ended == rows:
                 break
-            if may_drop and enough_to_drop(~unfinished):
+            if may_drop and enough_to_drop(number_ended, rows):
                 going_on = ended.add(~unfinished, input_ids[~unfinished])
                 input_ids, tokens, unfinished = (one[going_on] for one in (input_ids, tokens, unfinished))
                 steps.select(going_on)
+                number_ended = 0
             if screen is None:
                 tokens = choose(steps(tokens))
             else:
@@ -429,7 +432,7 @@ def search_beams(
             ):
                 break
             rows = parents + beams * torch.arange(len(parents), device=device)[:, None]  # [b, N]
-            if may_drop and enough_to_drop(done):
+            if may_drop and enough_to_drop(int(done.sum()), len(done)):
                 going_on = ended.add(done, best(finished[done], lengths[done]))
                 running, running_scores, rows = (one[going_on] for one in (running, running_scores, rows))
                 model._select_sources(going_on)

@@ -17,6 +17,7 @@ from .cache_rnn_seq2seq import DecoderState, RnnSeq2SeqCache
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
 from .generation_rnn_seq2seq import RnnSeq2SeqGenerationMixin
 from .onnx_runner import PAST, OnnxGraphs, Precision, Tensors
+from .signatures import with_known_signature
 
 
 class RnnSeq2SeqOnnxEncoder:
@@ -30,6 +31,7 @@ class RnnSeq2SeqOnnxEncoder:
     def __call__(self, *args: Any, **kwargs: Any) -> ModelOutput:
         return self.forward(*args, **kwargs)
 
+    @with_known_signature
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -56,6 +58,45 @@ class RnnSeq2SeqOnnxEncoder:
         )
 
 
+class OnnxSteps:
+    """
+    [`fast_generation.Steps`] of an exported model: rows that have ended leave its batches.
+
+    Args:
+        model: the exported model.
+        cache: its cache after the first step.
+        encoder_outputs: what its encoder gave.
+        copy_ids: as for `model.forward`.
+    """
+
+    def __init__(
+        self,
+        model: "RnnSeq2SeqOnnx",
+        cache: RnnSeq2SeqCache,
+        encoder_outputs: ModelOutput,
+        copy_ids: torch.Tensor | None,
+    ):
+        assert cache.state is not None
+        self.graphs = model.graphs
+        self.tensors, self.width = model.step_inputs(encoder_outputs, copy_ids)
+        states = zip(state_names(self.tensors), cache.state.tensors(), strict=True)
+        self.tensors |= {name: tensor.numpy() for name, tensor in states}
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        result = self.graphs.step(tokens.numpy(), self.tensors)
+        self.tensors |= result.state
+        return torch.from_numpy(result.logits[:, : self.width])
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.tensors = {name: tensor[rows.numpy()] for name, tensor in self.tensors.items()}
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        self.tensors |= {name: self.tensors[name][rows.numpy()] for name in state_names(self.tensors)}
+
+    def repeat(self, times: int) -> None:
+        self.tensors = {name: tensor.repeat(times, axis=0) for name, tensor in self.tensors.items()}
+
+
 class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
     """
     An exported model with transformers' generate(): greedy search, sampling, beams, all options of
@@ -69,11 +110,12 @@ class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
     device = torch.device("cpu")
     dtype = torch.float32
     _is_stateful = True  # a state can't take tokens back
-    _fast_generation = False  # its loops are for modules of torch
+    decoding_steps = OnnxSteps
 
     def __init__(self, graphs: OnnxGraphs, config: RnnSeq2SeqConfig, generation_config: GenerationConfig):
         super().__init__(config)  # without parameters: the graphs have them
         self.graphs, self.generation_config = graphs, generation_config
+        self.eval()
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # files of another kind
@@ -98,6 +140,7 @@ class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
     def get_encoder(self, modality: str | None = None) -> RnnSeq2SeqOnnxEncoder:
         return RnnSeq2SeqOnnxEncoder(self.graphs)
 
+    @with_known_signature
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -129,20 +172,8 @@ class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
                 raise ValueError("Give `input_ids` or `encoder_outputs`.")
             encoder_outputs = self.get_encoder()(input_ids, attention_mask)
         cache = past_key_values if isinstance(past_key_values, RnnSeq2SeqCache) else RnnSeq2SeqCache()
-        tensors: Tensors = {
-            name: value.numpy() for name, value in encoder_outputs.items() if isinstance(value, torch.Tensor)
-        }
-        width = None
-        if self.graphs.copies:
-            if copy_ids is None:
-                if not self.config.shared_vocabulary:
-                    raise ValueError("`config.head_type`='pointer_generator' with two vocabularies needs `copy_ids`.")
-                copy_ids, width = encoder_outputs["source_ids"], self.config.vocab_size
-            tensors["copy_ids"] = copy_ids.numpy()
-        elif copy_ids is not None:
-            raise ValueError(f"`copy_ids` is for a head that copies, not {self.config.head_type!r}.")
-
-        names = [name for name in tensors if name.startswith(PAST)]
+        tensors, width = self.step_inputs(encoder_outputs, copy_ids)
+        names = state_names(tensors)
         state = [tensors[name] for name in names]
         if cache.state is not None:
             state = [tensor.numpy() for tensor in cache.state.tensors()]
@@ -168,6 +199,27 @@ class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
             past_key_values=cache if use_cache is not False else None,  # type: ignore[arg-type]  # transformers declares one kind
             cross_attentions=((attention,) if attention.size(1) else ()) if output_attentions else None,
         )
+
+    def step_inputs(self, encoder_outputs: ModelOutput, copy_ids: torch.Tensor | None) -> tuple[Tensors, int | None]:
+        """All that a first step reads but its tokens; and how many of its logits count, `None` if all."""
+        tensors: Tensors = {
+            name: value.numpy() for name, value in encoder_outputs.items() if isinstance(value, torch.Tensor)
+        }
+        if not self.graphs.copies:
+            if copy_ids is not None:
+                raise ValueError(f"`copy_ids` is for a head that copies, not {self.config.head_type!r}.")
+            return tensors, None
+        width = None
+        if copy_ids is None:
+            if not self.config.shared_vocabulary:
+                raise ValueError("`config.head_type`='pointer_generator' with two vocabularies needs `copy_ids`.")
+            copy_ids, width = encoder_outputs["source_ids"], self.config.vocab_size
+        return tensors | {"copy_ids": copy_ids.numpy()}, width
+
+
+def state_names(tensors: Tensors) -> list[str]:
+    """The decoder's state among all that a step reads."""
+    return [name for name in tensors if name.startswith(PAST)]
 
 
 def flat_state(tensors: Sequence[Any]) -> DecoderState:

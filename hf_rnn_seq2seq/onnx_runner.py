@@ -77,6 +77,8 @@ class OnnxGraphs:
     ):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Two sessions and torch share the processor: threads that wait in vain for more work would hold the others up.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         sessions = []
         for graph in (ENCODER, DECODER):
             path = Path(folder) / file_name(graph, precision)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import CONFIGURATIONS, name_of, ragged_batch, tiny_model
+from models import CONFIGURATIONS, batch_of, name_of, ragged_batch, tiny_model
 from scripts import load_script
 
 pytest.importorskip("onnx")
@@ -24,7 +24,7 @@ from exported import check_searches, covering, exported, values_of
 
 from hf_rnn_seq2seq import RnnSeq2SeqTokenizer, onnx_export
 from hf_rnn_seq2seq.onnx_export import export_onnx, largest_error
-from hf_rnn_seq2seq.onnx_model import RnnSeq2SeqOnnx
+from hf_rnn_seq2seq.onnx_model import OnnxSteps, RnnSeq2SeqOnnx
 from hf_rnn_seq2seq.onnx_runner import DECODER, ENCODER, file_name
 from hf_rnn_seq2seq.tokenizer_training import train_tokenizer
 
@@ -70,6 +70,35 @@ def test_searches_of_our_own_and_sampling() -> None:
             torch.manual_seed(0)
             results.append(one.generate(source, attention_mask=mask, max_new_tokens=6, **options))
         assert torch.equal(*results), options
+
+
+@pytest.mark.parametrize("setting", [{}, {"head_type": "pointer_generator", "attention_coverage": True}], ids=str)
+def test_rows_that_have_ended_leave_the_batch(
+    setting: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the ids of transformers' own loops, which keep them."""
+    model: Any = tiny_model(seed=2, **setting).float()
+    with torch.no_grad():
+        model.head.output.bias[model.config.eos_token_id] += 0.6  # some sentences end early
+    export_onnx(model, tmp_path / "onnx")
+    found: Any = RnnSeq2SeqOnnx.from_pretrained(tmp_path / "onnx")
+    rows: list[int] = []
+    step = OnnxSteps.__call__
+
+    def count(self: OnnxSteps, tokens: torch.Tensor) -> torch.Tensor:
+        rows.append(len(tokens))
+        return step(self, tokens)
+
+    monkeypatch.setattr(OnnxSteps, "__call__", count)
+    batch = batch_of(model, *ragged_batch([5, 1, 3, 7, 2, 6, 4, 1]))
+    for options in ({}, {"num_beams": 3, "num_return_sequences": 2}):
+        rows.clear()
+        ids = found.generate(**batch, max_new_tokens=30, **options)
+        assert rows == sorted(rows, reverse=True)
+        assert min(rows) < max(rows) <= 8 * options.get("num_beams", 1)
+        found._fast_generation = False
+        assert torch.equal(found.generate(**batch, max_new_tokens=30, **options), ids)
+        del found._fast_generation
 
 
 def test_prefixes_caches_and_masks() -> None:

@@ -17,8 +17,9 @@ reading, no tokenizing. "as shipped" is torch's default precision; "medium" sets
 for a peer, too; ours has what its Trainer would choose on this machine.
 
 decode: a model that OpenNMT-py has trained, and the same converted to ours: the same weights and words; or, with
---model, one of ours in several precisions. Sentences a second from text to text, and the share of sentences for which
-the output is the first one's; with --target how good they are.
+--model, one of ours in several precisions, and exports that ONNX Runtime computes under our generate(). Sentences a
+second from text to text, and the share of sentences for which the output is the first one's; with --target how good
+they are.
 
 vocabulary: greedy search in float32 with --model's target vocabulary and with larger ones, which are filled up with
 words that look like its own and are hardly ever chosen: by exact scores of all words, and of those alone that a rough
@@ -29,6 +30,7 @@ attention and input feeding, and a plot.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -44,6 +46,7 @@ from pathlib import Path
 from typing import Any
 
 WORKERS = Path(__file__).parent / "benchmark_workers"
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 PEERS = {"opennmt": "OpenNMT-py", "joeynmt": "JoeyNMT"}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 DROPOUT = {"dropout": 0.2, "embedding_dropout": 0.2, "output_dropout": 0.2}
@@ -185,6 +188,8 @@ LOADED: dict[str, dict[str, Any]] = {
     "ours, packed": {"packed": True},
     "ours, bf16, packed": {"dtype": "bfloat16", "packed": True},
     "ours, int8": {"int8": True},
+    "ours, ONNX Runtime": {"onnx": "float32"},
+    "ours, ONNX Runtime, int8": {"onnx": "int8"},
 }
 
 
@@ -240,6 +245,10 @@ def decode(options: argparse.Namespace) -> list[dict[str, Any]]:
             converted.model().save_pretrained(folder)
             converted.tokenizer.save_pretrained(folder)
         for label, settings in LOADED.items():
+            missing = [one for one in ONNX_PACKAGES if "onnx" in settings and importlib.util.find_spec(one) is None]
+            if missing:
+                print(f"{label}: left out, {', '.join(missing)} not installed")
+                continue
             contestants[label] = ours
             size = ours.load(name=label, folder=folder if options.model is None else str(options.model), **settings)
             print(f"{label}: {size / 1e6:.1f} MB of weights")

@@ -2,7 +2,9 @@
 
 import contextlib
 import resource
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -89,12 +91,21 @@ def limit(
 
 
 def load(
-    name: str, folder: str, dtype: str = "float32", int8: bool = False, packed: bool = False, times: int = 1
+    name: str,
+    folder: str,
+    dtype: str = "float32",
+    int8: bool = False,
+    packed: bool = False,
+    onnx: str | None = None,
+    times: int = 1,
 ) -> int:
     """
-    The number of bytes of its weights. `packed`: matrices are packed once for all batches, not by each call. `times`:
-    the target vocabulary becomes so many times as large, by words that look like its own and are hardly ever chosen.
+    The number of bytes of its weights. `packed`: matrices are packed once for all batches, not by each call. `onnx`:
+    the precision of an export that ONNX Runtime computes. `times`: the target vocabulary becomes so many times as
+    large, by words that look like its own and are hardly ever chosen.
     """
+    if onnx is not None:
+        return load_exported(name, folder, onnx)
     extra: dict[str, Any] = {}
     if int8:
         from hf_rnn_seq2seq.int8 import RnnSeq2SeqInt8Config
@@ -113,6 +124,19 @@ def load(
                 output.bias[place] = output.bias[order] - 8
     models[name] = (model, AutoTokenizer.from_pretrained(folder), packed)
     return sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def load_exported(name: str, folder: str, precision: str) -> int:
+    """The number of bytes of the files."""
+    from hf_rnn_seq2seq.onnx_export import export_onnx
+    from hf_rnn_seq2seq.onnx_model import RnnSeq2SeqOnnx
+    from hf_rnn_seq2seq.onnx_runner import DECODER, ENCODER, file_name
+
+    with tempfile.TemporaryDirectory() as place:
+        export_onnx(AutoModelForSeq2SeqLM.from_pretrained(folder), place, precisions=(precision,))
+        model = RnnSeq2SeqOnnx.from_pretrained(place, precision, threads=torch.get_num_threads())
+        models[name] = (model, AutoTokenizer.from_pretrained(folder), False)
+        return sum((Path(place) / file_name(graph, precision)).stat().st_size for graph in (ENCODER, DECODER))
 
 
 def decode(
