@@ -19,7 +19,7 @@ from transformers.generation.utils import GenerateBeamOutput, GenerateNonBeamOut
 from .beam_options import take_options
 from .beam_search import beam_search
 from .fast_generation import is_covered, sample, search_beams
-from .step_products import packed_weights
+from .step_products import LoopWeights, packed_weights
 
 
 class TargetStopStringCriteria(StopStringCriteria):
@@ -55,8 +55,9 @@ class RnnSeq2SeqGenerationMixin(GenerationMixin):
     """transformers' generate() with its hooks set for a recurrent state, and with the options `BeamSearchOptions`."""
 
     _fast_generation = True  # False leaves every loop to transformers, to compare with
+    _kept_weights: LoopWeights | None = None  # by `packed`
 
-    def packed(self) -> AbstractContextManager[None]:
+    def packed(self, keep: bool = False) -> AbstractContextManager[None]:
         """
         Around many calls of generate() on a CPU, for speed where batches are small:
 
@@ -65,9 +66,17 @@ class RnnSeq2SeqGenerationMixin(GenerationMixin):
                     model.generate(**batch)
 
         Large matrices are brought into the layout of oneDNN's products once, at their first use inside, and not by
-        every call; they take their memory a second time. No weight may change inside.
+        every call; they take their memory a second time. A weight that changes inside is packed again, but not one
+        that is written to through `weight.data`, which torch does not see.
+
+        Args:
+            keep: for the next `packed(keep=True)`, too.
         """
-        return packed_weights()
+        if not keep:
+            return packed_weights()
+        if self._kept_weights is None:
+            self._kept_weights = LoopWeights(packed=True)
+        return packed_weights(self._kept_weights)
 
     def _select_sources(self, rows: torch.Tensor) -> None:
         """Called on a view of the model when its search goes on with these sources alone: see `beam_search`."""

@@ -159,6 +159,8 @@ class RnnText2TextPipeline(Pipeline):
 
     Arguments of `pipeline()` as everywhere (`device`, `dtype`, `batch_size`, `tokenizer`, ...); those of a call may
     also be given there, for all calls. Without a limit of its own or of the model's a text has at most 256 tokens.
+
+    On a CPU the model's large matrices are kept in the layout of the fastest products, too: see `model.packed`.
     """
 
     _load_tokenizer = True  # type: ignore[assignment]  # declared without a type, as are these
@@ -253,7 +255,8 @@ class RnnText2TextPipeline(Pipeline):
         settings = self._get_set_generation_params(generate_kwargs)
         if settings.get("stop_strings"):
             generate_kwargs["tokenizer"] = self.tokenizer
-        sequences = self.model.generate(**inputs, **generate_kwargs)  # type: ignore[operator]  # declared nowhere
+        with self.model.packed(keep=True):  # type: ignore[operator]  # declared nowhere, as generate()
+            sequences = self.model.generate(**inputs, **generate_kwargs)  # type: ignore[operator]
         if not isinstance(sequences, torch.Tensor):
             sequences = sequences.sequences  # `return_dict_in_generate`, asked for by the model's own configuration
         batch, source = len(inputs["input_ids"]), input_tensors["source"]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .best_words import BLOCK, best_words
 from .packed_products import can_be_packed, pack, packed_product, rough_is_faster
-from .step_products import StepLinear, linear, loop_weights
+from .step_products import StepLinear, linear, loop_weights, version_of
 
 # A number rounded to bfloat16, which keeps 8 bits of it, is off by at most this part.
 ROUNDING = 2.0**-8
@@ -80,7 +80,9 @@ class Screen:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        self.weight, self.bias = weight, bias
+        self.original = self.weight = weight
+        self.bias = bias
+        self.version = version_of(weight)
         self.is_useful = True  # until one batch has too many candidates
 
     @functools.cached_property

@@ -32,6 +32,7 @@ class LoopWeight:
         spared: bool = False,
     ):
         self.original = weight  # kept alive: its id is its name
+        self.version = version_of(weight)
         self.weight = weight.detach().to(dtype)  # once a loop, not once a step
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.needs_grad = torch.is_grad_enabled() and (
@@ -67,6 +68,11 @@ class LoopWeight:
             return None
         x, grad = (torch.cat(parts) for parts in zip(*steps, strict=True))  # [T * B, I], [T * B, O]
         return grad.t() @ x, grad.sum(0)
+
+
+def version_of(weight: torch.Tensor) -> tuple[int, int]:
+    """Another one when torch has seen the weight change. (What is written through `weight.data` it does not see.)"""
+    return weight.data_ptr(), -1 if weight.is_inference() else weight._version
 
 
 class _Weight(torch.autograd.Function):
@@ -106,12 +112,22 @@ class _Product(torch.autograd.Function):
 
 
 class LoopWeights(dict[int, LoopWeight]):
-    """The weights of one loop, by identity."""
+    """The weights of one loop, or of many, by identity. A copy of it is empty."""
 
     def __init__(self, packed: bool):
         super().__init__()
         self.packed = packed
         self.screens: dict[int, Any] = {}  # those of `screening.screen_of`
+
+    def forget_changed(self) -> None:
+        """What was made of weights that are others now."""
+        kept: tuple[dict[int, Any], ...] = (self, self.screens)
+        for made in kept:
+            for name in [name for name, one in made.items() if one.version != version_of(one.original)]:
+                del made[name]
+
+    def __reduce__(self) -> tuple[type["LoopWeights"], tuple[bool]]:
+        return LoopWeights, (self.packed,)
 
 
 # The weights of the loop that runs, by identity; none outside of loops.
@@ -141,6 +157,7 @@ def shared_by_steps(active: bool = True, packed: bool = False) -> Iterator[None]
     lasting = _packed.get()
     if lasting is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         lasting = LoopWeights(packed)
+    lasting.forget_changed()
     before = _weights.set(lasting)
     try:
         yield
@@ -149,9 +166,9 @@ def shared_by_steps(active: bool = True, packed: bool = False) -> Iterator[None]
 
 
 @contextmanager
-def packed_weights() -> Iterator[None]:
-    """Around loops without gradients between which no weight changes: what they pack is packed once."""
-    before = _packed.set(LoopWeights(packed=True))
+def packed_weights(weights: LoopWeights | None = None) -> Iterator[None]:
+    """Around loops without gradients: what they pack is packed once, and kept in `weights` if they are given."""
+    before = _packed.set(LoopWeights(packed=True) if weights is None else weights)
     try:
         yield
     finally:

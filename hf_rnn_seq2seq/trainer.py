@@ -26,6 +26,7 @@ from .model_card import ARGUMENTS_NAME, attention_plot, write_model_card
 from .moving_average import TRAINING_WEIGHTS_NAME, MovingAverage, load_training_weights, save_training_weights
 from .optimization import OptimizationArguments, OptimizationTrainer
 from .sharding import own_class, shard_tables_for
+from .step_products import packed_weights
 from .training_objective import ObjectiveArguments, ObjectiveTrainer
 from .training_time import TrainingTime
 
@@ -231,7 +232,7 @@ class RnnSeq2SeqTrainer(ObjectiveTrainer, OptimizationTrainer, BatchingTrainer, 
         )
         self._loss_and_tokens = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self._rows_of_last_batch = rows_of_last_batch(dataloader)
-        with self._averaged():
+        with self._averaged(), packed_weights():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )

@@ -1,6 +1,7 @@
 """Our own loops of generate() against transformers': the same ids, and rows that have ended cost nothing."""
 
 import copy
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -434,3 +435,41 @@ def test_packed_for_many_calls() -> None:
             assert len(packings) == once
         expected.append(alone)
     assert expected[0].tolist() != expected[1].tolist()
+
+
+@pytest.mark.usefixtures("always_packs")
+def test_what_is_kept_packed_follows_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they change: in place, by other memory, by another parameter; and a copy packs for itself."""
+    model: Any = tiny_model(hidden_size=256, embedding_size=16).float()
+    batch = batch_of(model, *ragged_batch(LENGTHS))
+    packings: list[torch.Tensor] = []
+
+    def count(weight: torch.Tensor) -> torch.Tensor:
+        packings.append(weight)
+        return pack(weight)
+
+    monkeypatch.setattr(step_products, "pack", count)
+
+    def packed_now(model: Any) -> int:
+        before = len(packings)
+        with model.packed(keep=True):
+            ids = model.generate(**batch, max_new_tokens=8, num_beams=2)
+        now = len(packings) - before
+        assert torch.equal(model.generate(**batch, max_new_tokens=8, num_beams=2), ids)
+        return now
+
+    layer = model.model.decoder.wiring.stack.layers[0]
+    first = packed_now(model)
+    assert first >= 2
+    assert packed_now(model) == 0
+    with torch.no_grad():
+        layer.weight_hh.mul_(-0.5)
+    assert packed_now(model) == 1
+    layer.weight_hh.data = layer.weight_hh.data * -2
+    assert packed_now(model) == 1
+    layer.weight_hh = torch.nn.Parameter(layer.weight_hh.detach().flip(0))
+    assert packed_now(model) == 1
+    assert packed_now(model) == 0
+    assert packed_now(copy.deepcopy(model)) == first
+    assert packed_now(pickle.loads(pickle.dumps(model))) == first
+    assert packed_now(model) == 0

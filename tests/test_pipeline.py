@@ -19,6 +19,8 @@ from hf_rnn_seq2seq import (
     RnnSeq2SeqEnsemble,
     RnnSeq2SeqForConditionalGeneration,
     RnnSeq2SeqTokenizer,
+    packed_products,
+    step_products,
 )
 from hf_rnn_seq2seq.pipeline_rnn_seq2seq import TASK, RnnText2TextPipeline
 
@@ -369,3 +371,27 @@ def test_truncation() -> None:
     assert pipe("a b c d a b", truncation=True) == pipe("a b c")
     assert len(pipe("a b c d a b", return_alignments=True)[0]["source_tokens"]) == 6
     assert pipe("a b c d a b", truncation=True, return_alignments=True)[0]["source_tokens"] == ["a", "b", "c"]
+
+
+def test_matrices_are_packed_once_for_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And anew when the weights are others."""
+    monkeypatch.setattr(step_products, "packed_is_faster", lambda dtype, rows: True)
+    monkeypatch.setattr(packed_products, "PACKED_SIZE", 0)
+    packings: list[int] = []
+    pack = step_products.pack
+
+    def count(weight: torch.Tensor) -> torch.Tensor:
+        packings.append(weight.numel())
+        return pack(weight)
+
+    monkeypatch.setattr(step_products, "pack", count)
+    pipe, other = make(), make(seed=4)
+    texts = []
+    for one in (pipe, other):
+        one.model.float()
+        texts.append([one(text, num_beams=2)[0]["generated_text"] for text in TEXTS])
+    once = len(packings) // 2
+    assert 0 < once < 10
+    pipe.model.load_state_dict(other.model.state_dict())
+    assert [pipe(text, num_beams=2)[0]["generated_text"] for text in TEXTS] == texts[1] != texts[0]
+    assert len(packings) == 3 * once

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration, RnnSeq2SeqTokenizer
+from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration, RnnSeq2SeqTokenizer, step_products
 from hf_rnn_seq2seq.ensemble import RnnSeq2SeqEnsemble
 from hf_rnn_seq2seq.tokenizer_training import train_tokenizer
 from hf_rnn_seq2seq.unknown_words import replace_unknown_words, tokenize_with_words
@@ -211,6 +212,25 @@ def test_several_models_are_an_ensemble(model_folder, other_folder, tmp_path, ru
     sequence = ensemble.generate(**inputs, max_new_tokens=9)[0, 1:].tolist()
     by_definition = log_probability(ensemble, inputs, sequence)
     assert json.loads(record)["predictions"][0]["log_probability"] == pytest.approx(by_definition, rel=1e-5)
+
+
+def test_ids_alone_come_through_our_own_loops(model_folder, run, monkeypatch) -> None:
+    """All lines' matrices are packed once."""
+    monkeypatch.setattr(step_products, "packed_is_faster", lambda dtype, rows: True)
+    monkeypatch.setattr(step_products, "can_be_packed", lambda weight: True)
+    monkeypatch.setattr(step_products, "packed_product", lambda x, packed, bias: F.linear(x, packed, bias))
+    packings: list[int] = []
+
+    def pack(weight: torch.Tensor) -> torch.Tensor:
+        packings.append(weight.numel())
+        return weight
+
+    monkeypatch.setattr(step_products, "pack", pack)
+    expected = run(LINES, "--batch_size=100")
+    once = len(packings)
+    assert 0 < once < 10
+    assert run(LINES, "--batch_size=1") == expected
+    assert len(packings) == 2 * once
 
 
 @pytest.mark.parametrize("beams", [1, 3])

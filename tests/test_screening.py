@@ -14,7 +14,7 @@ from hf_rnn_seq2seq import RnnSeq2SeqEnsemble, packed_products, screening, step_
 from hf_rnn_seq2seq.heads import HeadInput, LinearHead
 from hf_rnn_seq2seq.int8 import Int8Linear
 from hf_rnn_seq2seq.screening import RoughScores, Screen, screen_of
-from hf_rnn_seq2seq.step_products import StepLinear, shared_by_steps
+from hf_rnn_seq2seq.step_products import StepLinear, packed_weights, shared_by_steps
 
 LENGTHS = [5, 1, 3, 7, 2, 6, 4, 1]
 HEADS: list[dict[str, Any]] = [
@@ -191,6 +191,19 @@ def test_given_up_the_output_layer_is_packed_once(searched: list[int], monkeypat
         assert weights is not None
         assert list(weights) == [id(layer.weight)]
     assert searched == [-3]
+
+
+def test_a_screen_of_a_weight_that_has_changed_is_another_one(searched: list[int]) -> None:
+    layer = StepLinear(16, 1000)
+    x = torch.randn(3, 16)
+    with torch.no_grad(), packed_weights():
+        for scale in (1.0, -1.0):
+            layer.weight.mul_(scale)
+            with shared_by_steps(packed=True):
+                screen = screen_of(layer)
+                assert screen is not None
+                assert torch.equal(screen.best(x), layer(x).argmax(1))
+    assert searched == [3, 3]
 
 
 def test_too_many_candidates_end_the_search(searched: list[int]) -> None:

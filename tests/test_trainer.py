@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DataCollatorForSeq2Seq
 
-from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration
+from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration, step_products
 from hf_rnn_seq2seq.checkpoints import checkpoint_fault, last_complete_checkpoint
 from hf_rnn_seq2seq.tokenizer_training import TokenizerArguments, build_tokenizer
 from hf_rnn_seq2seq.trainer import RnnSeq2SeqTrainer, RnnSeq2SeqTrainingArguments
@@ -70,6 +70,22 @@ def test_evaluation_leaves_the_generation_config_alone(make_trainer):
     trainer.predict(trainer.eval_dataset)
     assert trainer.model.generation_config is generation_config
     assert generation_config.to_dict() == before
+
+
+def test_an_evaluation_packs_its_matrices_once(make_trainer, monkeypatch):
+    packings = []
+    monkeypatch.setattr(step_products, "can_be_packed", lambda weight: True)
+    monkeypatch.setattr(step_products, "packed_is_faster", lambda dtype, rows: True)
+    monkeypatch.setattr(step_products, "pack", lambda weight: packings.append(weight) or weight)
+    monkeypatch.setattr(step_products, "packed_product", torch.nn.functional.linear)
+    counts = []
+    for batch_size in (7, 2):
+        trainer = make_trainer(predict_with_generate=True, per_device_eval_batch_size=batch_size)
+        predictions = trainer.predict(trainer.eval_dataset).predictions
+        counts.append((len(packings), predictions.tolist()))
+        packings.clear()
+    assert counts[0] == counts[1]
+    assert counts[0][0] > 0
 
 
 @pytest.mark.parametrize("predict_with_generate", [True, False])

@@ -259,8 +259,9 @@ def generate_for(
             extra["output_attentions"] = True
         names = [name for name in ("input_ids", "attention_mask", "copy_ids") if name in padded]
         inputs = {name: padded[name].to(model.device) for name in names}
-        output = model.generate(**inputs, **extra, return_dict_in_generate=True)  # type: ignore[operator]  # declared nowhere
-        sequences = output.sequences
+        # Ids alone come faster.
+        output = model.generate(**inputs, **extra, return_dict_in_generate=dictionary is not None)  # type: ignore[operator]  # declared nowhere
+        sequences = output if dictionary is None else output.sequences
         if dictionary is None:
             copied: dict[str, Any] = {"source_texts": sources} if "copy_ids" in inputs else {}
             texts = tokenizer.batch_decode(sequences, skip_special_tokens=True, **copied)
@@ -375,6 +376,7 @@ def main() -> None:
     # Standard output by number, for UTF-8 and unchanged line ends whatever the locale.
     target = sys.stdout.fileno() if args.output_file == "-" else args.output_file
     with (
+        model.packed(),  # type: ignore[operator]  # declared nowhere, as generate()
         open(target, "w", encoding="utf-8", newline="\n", closefd=args.output_file != "-") as output,
         tqdm(total=total, unit=" lines", file=sys.stderr, disable=not show_progress) as progress,
     ):
