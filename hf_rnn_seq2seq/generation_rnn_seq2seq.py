@@ -75,7 +75,7 @@ class RnnSeq2SeqGenerationMixin(GenerationMixin):
         if not keep:
             return packed_weights()
         if self._kept_weights is None:
-            self._kept_weights = LoopWeights(packed=True)
+            self._kept_weights = LoopWeights(packed=True, lasting=True)
         return packed_weights(self._kept_weights)
 
     def _select_sources(self, rows: torch.Tensor) -> None:

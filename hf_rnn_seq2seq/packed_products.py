@@ -4,7 +4,8 @@ Matrices in the layout that oneDNN's products want, and whether their products a
 That depends on the number of rows, and on the processor. Of one row a product takes the time of reading the matrix,
 and in bfloat16 half of it. On AMD's Zen 4 a packed matrix is then read in a fifth of the time that torch's usual
 product (MKL's) takes, on Intel's processors in up to twice the time. Of many rows a product is bound by arithmetic: in
-bfloat16 twice as fast on one CPU, slower than in float32 on another with the same flags. So it is measured.
+bfloat16 twice as fast on one CPU, slower than in float32 on another with the same flags. So it is measured. Products
+of whole numbers of eight bits are the fastest on both, but to pack a matrix for them takes as long as many products.
 
 Shapes: O output, I input.
 """
@@ -48,6 +49,31 @@ def packed_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | N
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
+def has_int8_products() -> bool:
+    """Whether oneDNN makes products of whole numbers by the CPU's own instructions, which add them up exactly."""
+    onednn = torch.backends.mkldnn
+    return bool(onednn.is_available() and onednn.enabled and torch.cpu._is_vnni_supported())
+
+
+class Int8Product:
+    """
+    (x - 128) W^T of whole numbers, times scales, plus a bias: W int8 [O, I], each of its rows with a scale [O].
+
+    All is exact but for the last two steps, which are in float32.
+    """
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor):
+        self.packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        self.scale, self.bias = scale, bias
+        self.zeros = torch.zeros(len(weight), dtype=torch.int32)
+
+    def __call__(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        """x uint8 [R, I] and its scale -> float32 [R, O]"""
+        return torch.ops.onednn.qlinear_pointwise.default(
+            x, scale, 128, self.packed, self.scale, self.zeros, self.bias, 1.0, 0, torch.float32, "none", [], ""
+        )
+
+
 def packed_is_faster(dtype: torch.dtype, rows: int) -> bool:
     """Whether products of so many rows are to be made by `packed_product`."""
     return _gain(_measured(rows), dtype, True, dtype, False, torch.get_num_threads()) > 1 / LEAST_GAIN
@@ -58,6 +84,15 @@ def rough_is_faster(rows: int) -> bool:
     rows, threads = _measured(rows), torch.get_num_threads()
     gain = _gain(rows, torch.bfloat16, True, torch.float32, True, threads)
     return gain > LEAST_GAIN and gain * _gain(rows, torch.float32, True, torch.float32, False, threads) > LEAST_GAIN
+
+
+def saved_by_int8(rows: int, numel: int) -> float:
+    """
+    Seconds that a product of so many rows with a matrix of so many numbers takes less if all are whole numbers of
+    eight bits than in float32, made as fast as it can be.
+    """
+    whole, exact = _int8_and_float32(_measured(rows), torch.get_num_threads())
+    return (exact - whole) * max(rows / MOST_ROWS, 1) * numel / (MEASURED[0] * MEASURED[1])
 
 
 def _measured(rows: int) -> int:
@@ -80,3 +115,15 @@ def _gain(
 
     one, other = fastest_seconds(product(dtype, packed), product(other_dtype, other_packed))
     return other / one
+
+
+@functools.cache
+def _int8_and_float32(rows: int, threads: int) -> tuple[float, float]:
+    """Seconds of a product with a matrix like `MEASURED`. Measured once a process."""
+    outputs, width = MEASURED
+    make = functools.partial(torch.ones, dtype=torch.float32, device="cpu")
+    weight, x = make(MEASURED), make(rows, width)
+    int8 = Int8Product(weight.to(torch.int8), make(outputs), make(outputs))
+    packed, whole = pack(weight), x.to(torch.uint8)
+    seconds = fastest_seconds(lambda: int8(whole, 1.0), lambda: packed_product(x, packed), lambda: F.linear(x, weight))
+    return seconds[0], min(seconds[1:])

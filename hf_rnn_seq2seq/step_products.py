@@ -114,9 +114,9 @@ class _Product(torch.autograd.Function):
 class LoopWeights(dict[int, LoopWeight]):
     """The weights of one loop, or of many, by identity. A copy of it is empty."""
 
-    def __init__(self, packed: bool):
+    def __init__(self, packed: bool, lasting: bool = False):
         super().__init__()
-        self.packed = packed
+        self.packed, self.lasting = packed, lasting
         self.screens: dict[int, Any] = {}  # those of `screening.screen_of`
 
     def forget_changed(self) -> None:
@@ -126,8 +126,8 @@ class LoopWeights(dict[int, LoopWeight]):
             for name in [name for name, one in made.items() if one.version != version_of(one.original)]:
                 del made[name]
 
-    def __reduce__(self) -> tuple[type["LoopWeights"], tuple[bool]]:
-        return LoopWeights, (self.packed,)
+    def __reduce__(self) -> tuple[type["LoopWeights"], tuple[bool, bool]]:
+        return LoopWeights, (self.packed, self.lasting)
 
 
 # The weights of the loop that runs, by identity; none outside of loops.
@@ -168,7 +168,7 @@ def shared_by_steps(active: bool = True, packed: bool = False) -> Iterator[None]
 @contextmanager
 def packed_weights(weights: LoopWeights | None = None) -> Iterator[None]:
     """Around loops without gradients: what they pack is packed once, and kept in `weights` if they are given."""
-    before = _packed.set(LoopWeights(packed=True) if weights is None else weights)
+    before = _packed.set(LoopWeights(packed=True, lasting=True) if weights is None else weights)
     try:
         yield
     finally:

@@ -1,12 +1,22 @@
 """What is measured of packed products, and what follows from it."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from hf_rnn_seq2seq import packed_products
-from hf_rnn_seq2seq.packed_products import can_be_packed, pack, packed_is_faster, packed_product, rough_is_faster
+from hf_rnn_seq2seq.packed_products import (
+    Int8Product,
+    can_be_packed,
+    has_int8_products,
+    pack,
+    packed_is_faster,
+    packed_product,
+    rough_is_faster,
+    saved_by_int8,
+)
 
 WIDE, NARROW = torch.float32, torch.bfloat16
 
@@ -59,6 +69,52 @@ def test_both_kinds_are_measured_for_real(rows: int) -> None:
     assert packed_is_faster(WIDE, rows) in (True, False)
     assert rough_is_faster(rows) in (True, False)
     assert packed_products._gain.cache_info().currsize >= 2
+
+
+needs_int8 = pytest.mark.skipif(not has_int8_products(), reason="no products of whole numbers of eight bits")
+
+
+@needs_int8
+def test_products_of_whole_numbers_are_exact() -> None:
+    torch.manual_seed(0)
+    weight = torch.randint(-127, 128, (70, 515), dtype=torch.int8)
+    scale, bias = torch.rand(70), torch.randn(70)
+    bias[3] = -torch.inf
+    product = Int8Product(weight, scale, bias)
+    for rows in (1, 5, 64):
+        x = torch.randint(1, 256, (rows, 515), dtype=torch.uint8)
+        expected = (x.double() - 128) @ weight.double().T * 0.25 * scale.double() + bias.double()
+        torch.testing.assert_close(product(x, 0.25).double(), expected, rtol=1e-6, atol=1e-3)
+
+
+@needs_int8
+def test_what_whole_numbers_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is measured once for some rows, by the faster of the exact products, and grows with rows and matrix."""
+    calls: list[tuple[int, ...]] = []
+
+    def fastest(*contestants: object) -> list[float]:
+        results = [contestant() for contestant in contestants]  # type: ignore[operator]
+        assert (results[0] == (1 - 128) * packed_products.MEASURED[1] + 1).all()
+        assert torch.equal(results[1], results[2])
+        calls.append(tuple(results[0].shape))
+        return [1.0, 5.0, 4.0]
+
+    monkeypatch.setattr(packed_products, "fastest_seconds", fastest)
+    packed_products._int8_and_float32.cache_clear()
+    try:
+        size = math.prod(packed_products.MEASURED)
+        assert saved_by_int8(3, size) == saved_by_int8(4, size) == 3.0
+        assert saved_by_int8(64, 2 * size) == 6.0
+        assert saved_by_int8(128, size // 2) == 3.0
+        assert calls == [(4, packed_products.MEASURED[0]), (64, packed_products.MEASURED[0])]
+    finally:
+        packed_products._int8_and_float32.cache_clear()
+
+
+@needs_int8
+def test_it_is_measured_for_real() -> None:
+    packed_products._int8_and_float32.cache_clear()
+    assert -1 < saved_by_int8(8, 2**20) < 1
 
 
 def test_what_can_be_packed() -> None:

@@ -11,9 +11,11 @@ from models import CONFIGURATIONS, batch_of, name_of, ragged_batch, tiny_model
 from torch import nn
 
 from hf_rnn_seq2seq import RnnSeq2SeqEnsemble, packed_products, screening, step_products
+from hf_rnn_seq2seq.best_words import BLOCK
 from hf_rnn_seq2seq.heads import HeadInput, LinearHead
 from hf_rnn_seq2seq.int8 import Int8Linear
-from hf_rnn_seq2seq.screening import RoughScores, Screen, screen_of
+from hf_rnn_seq2seq.packed_products import has_int8_products
+from hf_rnn_seq2seq.screening import Bfloat16Scores, Int8Scores, RoughScores, Screen, screen_of
 from hf_rnn_seq2seq.step_products import StepLinear, packed_weights, shared_by_steps
 
 LENGTHS = [5, 1, 3, 7, 2, 6, 4, 1]
@@ -25,11 +27,22 @@ HEADS: list[dict[str, Any]] = [
 ]
 
 
+# Without instructions for them products of whole numbers may overflow.
+needs_int8 = pytest.mark.skipif(not has_int8_products(), reason="no products of whole numbers of eight bits")
+KINDS = [Bfloat16Scores, pytest.param(Int8Scores, marks=needs_int8)]
+
+
 @pytest.fixture(autouse=True)
 def any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is tested is the same on all of them, however fast their products in bfloat16 are."""
+    """What is tested is the same on all of them, however fast their products of rounded numbers are."""
     monkeypatch.setattr(screening, "rough_is_faster", lambda rows: True)
+    monkeypatch.setattr(screening, "saved_by_int8", lambda rows, numel: 0.0)
     monkeypatch.setattr(step_products, "packed_is_faster", lambda dtype, rows: True)
+
+
+def take(kind: type[RoughScores], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All lasting screens are of this kind."""
+    monkeypatch.setattr(screening, "saved_by_int8", lambda rows, numel: float(kind is Int8Scores))
 
 
 @pytest.fixture
@@ -40,8 +53,8 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     rows: list[int] = []
     search = Screen._search
 
-    def count(self: Screen, x: torch.Tensor) -> torch.Tensor | None:
-        found = search(self, x)
+    def count(self: Screen, x: torch.Tensor, rough_scores: RoughScores) -> torch.Tensor | None:
+        found = search(self, x, rough_scores)
         rows.append(-len(x) if found is None else len(x))
         return found
 
@@ -71,15 +84,17 @@ def test_no_other_word_is_better(
     b = None if bias is None else bias * torch.randn(vocabulary)
     x = scale * torch.randn(rows, width)
     screen = Screen(weight, b)
+    kinds = (Bfloat16Scores, Int8Scores) if has_int8_products() else (Bfloat16Scores,)
     scores = x.double() @ weight.double().T + (0 if b is None else b.double())
     rounding = 1e-6 * (x.double().norm(dim=1) * weight.norm(dim=1).max() + (0 if b is None else b.abs().max()))
-    for found in (screen._search(x), screen.best(x)):
+    for found in (*(screen._search(x, kind(weight, b)) for kind in kinds), screen.best(x)):
         if found is not None:
             best = scores.gather(1, found[:, None])[:, 0]
             assert found.shape == (rows,)
             assert (best >= scores.amax(1) - rounding).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=60)
 @given(
     rows=st.integers(1, 4),
@@ -88,17 +103,22 @@ def test_no_other_word_is_better(
     one_way=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_rough_scores_are_not_off_by_more(rows: int, vocabulary: int, width: int, one_way: bool, seed: int) -> None:
+def test_rough_scores_are_not_off_by_more(
+    kind: type[RoughScores], rows: int, vocabulary: int, width: int, one_way: bool, seed: int
+) -> None:
     torch.manual_seed(seed)
     weight, bias, x = torch.randn(vocabulary, width), torch.randn(vocabulary), torch.randn(rows, width)
     if one_way:  # all numbers are rounded away from zero, by almost as much as can be
         up = 1 + 2.0**-8 + 2.0**-20
         weight, x = weight.sign().abs() * up, x.sign().abs() * up
-    screen = Screen(weight, bias)
-    off = (screen.rough_scores(x)[:, :vocabulary] - (x.double() @ weight.double().T + bias)).abs().amax(1)
-    allowed = screen.rough_scores.errors(x)[:, 0]
+        if kind is Int8Scores:  # by almost half of a step, but for one number that sets the step
+            weight, x = 126.49 * weight / up, 126.49 * x / up
+            weight[:, 0], x[:, 0] = 127.0, 127.0
+    scores, errors = kind(weight, bias)(x)
+    off = (scores[:, :vocabulary] - (x.double() @ weight.double().T + bias)).abs()
+    allowed = errors.expand(rows, scores.size(1) // BLOCK).repeat_interleave(BLOCK, dim=1)[:, :vocabulary]
     assert (off <= allowed).all()
-    assert not one_way or (off > allowed / 4).all()
+    assert not one_way or width == 1 or (off > allowed / 4).all()
 
 
 def test_where_the_rough_scores_mislead() -> None:
@@ -117,23 +137,45 @@ def test_where_the_rough_scores_mislead() -> None:
     of_all[7, 0], their_inputs[0, 0] = 1 + 15 * u + little, 1 + 17 * u + little
     of_all[3, 1], their_inputs[0, 1] = 1 + 17 * u - little, 1 + 15 * u - little
     bias[7], bias[3] = 0, 1e-4
-    rough = RoughScores(of_all, bias)(their_inputs)[0]
-    assert rough[7] - rough[3] > RoughScores(of_all, bias).errors(their_inputs)
+    (rough,), error = Bfloat16Scores(of_all, bias)(their_inputs)
+    assert rough[7] - rough[3] > error
     for weight, x, b in ((weights, ones, None), (of_inputs, inputs, None), (of_all, their_inputs, bias)):
         screen = Screen(weight, b)
         assert nn.functional.linear(x, weight, b).argmax(1).tolist() == [3]
-        assert screen.rough_scores(x).argmax(1).tolist() == [7]
-        found = screen._search(x)
+        rough_scores = Bfloat16Scores(weight, b)
+        assert rough_scores(x)[0].argmax(1).tolist() == [7]
+        found = screen._search(x, rough_scores)
         assert found is not None
         assert found.tolist() == [3]
 
 
+@needs_int8
+def test_where_whole_numbers_mislead() -> None:
+    """Two words whose order is another one in eight bits, because of what W or x loses by rounding."""
+    weight, x = torch.zeros(8, 65), torch.zeros(1, 65)
+    x[0], weight[3, 0], weight[7, 0] = 1.0, 127.0, 127.0  # a step of W is 1
+    weight[3, 1:], weight[7, 1:] = 0.49, 0.51
+    weight[3, 0] += 3.0  # so its steps are a bit longer, and all the others become zeros
+    other, y = torch.zeros(8, 65), torch.full((1, 65), 0.51)
+    y[0, 0], y[0, 33:] = 127.0, 0.49
+    other[7, 1:33], other[3, 33:], other[3, 0] = 1.0, 1.0, 0.01
+    for w, inputs in ((weight, x), (other, y)):
+        rough_scores = Int8Scores(w, None)
+        exact = (inputs.double() @ w.double().T)[0]
+        rough = rough_scores(inputs)[0][0]
+        assert (exact[7] - exact[3]) * (rough[7] - rough[3]) < 0
+        found = Screen(w, None)._search(inputs, rough_scores)
+        assert found is not None
+        assert found.tolist() == [int(exact.argmax())]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("banned", [-1e9, -torch.inf])
-def test_words_that_the_bias_forbids(banned: float) -> None:
+def test_words_that_the_bias_forbids(banned: float, kind: type[RoughScores]) -> None:
     torch.manual_seed(0)
     weight, bias, x = torch.randn(1000, 16), torch.randn(1000), torch.randn(5, 16)
     bias[(x @ weight.T).argmax(1)] = banned
-    found = Screen(weight, bias)._search(x)
+    found = Screen(weight, bias)._search(x, kind(weight, bias))
     assert found is not None
     assert torch.equal(found, (x @ weight.T + bias).argmax(1))
 
@@ -146,27 +188,35 @@ def test_the_first_of_equal_words() -> None:
     assert Screen(weight, None).best(x).tolist() == [30, 30]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_no_number_is_left_to_exact_scores(value: float) -> None:
+def test_what_is_no_number_is_left_to_exact_scores(
+    value: float, kind: type[RoughScores], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
+    take(kind, monkeypatch)
     weight, x = torch.randn(1000, 16), torch.randn(3, 16)
     expected = (x @ weight.T).argmax(1)
     x[1, 0] = value
-    screen = Screen(weight, None)
+    screen = Screen(weight, None, lasting=True)
     assert torch.equal(screen.best(x), (x @ weight.T).argmax(1))
     assert not screen.is_useful
     x[1, 0] = 0.0
     assert torch.equal(screen.best(x)[[0, 2]], expected[[0, 2]])
 
 
-def test_a_screen_serves_every_mode_and_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_screen_serves_every_mode_and_number_of_rows(
+    kind: type[RoughScores], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
+    take(kind, monkeypatch)
     weight, x = torch.randn(1000, 16), torch.randn(9, 16)
     expected = (x @ weight.T).argmax(1)
     monkeypatch.setattr(packed_products, "PACKED_SIZE", 0)
     torch.set_default_dtype(torch.float64)
     try:
-        screen = Screen(weight, None)
+        screen = Screen(weight, None, lasting=True)
         for rows in (3, 9, 1):
             for mode in (torch.inference_mode, torch.no_grad):
                 with mode():
@@ -174,7 +224,9 @@ def test_a_screen_serves_every_mode_and_number_of_rows(monkeypatch: pytest.Monke
     finally:
         torch.set_default_dtype(torch.float32)
     assert screen.is_useful
-    assert screen.rough_scores.weight is None or screen.rough_scores.packed is None
+    made = {type(one) for one in vars(screen).values()}
+    assert made & {Bfloat16Scores, Int8Scores} == {kind}
+    assert screen.bfloat16_scores.weight is None or screen.bfloat16_scores.packed is None
 
 
 def test_given_up_the_output_layer_is_packed_once(searched: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +267,7 @@ def test_too_many_candidates_end_the_search(searched: list[int]) -> None:
     # All in one block, too.
     weight = torch.randn(5000, 16)
     weight[64:128] = 9.0
-    assert Screen(weight, None)._search(torch.ones(4, 16)) is None
+    assert Screen(weight, None)._search(torch.ones(4, 16), Bfloat16Scores(weight, None)) is None
 
 
 def sharp_model(**setting: Any) -> Any:
@@ -228,8 +280,19 @@ def sharp_model(**setting: Any) -> Any:
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize("packed", [False, True])
-def test_greedy_search_gives_the_same_ids(head: dict[str, Any], packed: bool, searched: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("packed", "kind"), [(False, Bfloat16Scores), *((True, kind) for kind in (Bfloat16Scores, Int8Scores))]
+)
+def test_greedy_search_gives_the_same_ids(
+    head: dict[str, Any],
+    packed: bool,
+    kind: type[RoughScores],
+    searched: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if kind is Int8Scores and not has_int8_products():
+        pytest.skip("no products of whole numbers of eight bits")
+    take(kind, monkeypatch)
     model = sharp_model(**head)
     batch = batch_of(model, *ragged_batch(LENGTHS))
     expected = generate(model, batch, screens=False)
@@ -297,10 +360,25 @@ def test_other_weights_have_no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert screen_of(layer) is None
         monkeypatch.setattr(screening, "has_bfloat16_products", lambda: False)
+        monkeypatch.setattr(screening, "has_int8_products", lambda: False)
         assert screen_of(StepLinear(10, 10)) is None
     monkeypatch.undo()
     with torch.backends.mkldnn.flags(enabled=False):
         assert not screening.has_bfloat16_products()
+        assert not has_int8_products()
+
+
+def test_whole_numbers_are_for_what_lasts_and_saves_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(1000, 16)
+    monkeypatch.setattr(screening, "has_bfloat16_products", lambda: False)
+    monkeypatch.setattr(screening, "has_int8_products", lambda: True)
+    monkeypatch.setattr(screening, "Int8Scores", lambda *tensors: "int8")
+    enough = screening.SEARCH_SECONDS / 16000
+    monkeypatch.setattr(screening, "saved_by_int8", lambda rows, numel: (rows - 3.5) * numel * enough)
+    assert [Screen(weight, None, lasting=True).rough_scores(rows) for rows in (1, 4, 5)] == [None, None, "int8"]
+    assert Screen(weight, None).rough_scores(5) is None
+    monkeypatch.setattr(screening, "has_int8_products", lambda: False)
+    assert Screen(weight, None, lasting=True).rough_scores(5) is None
 
 
 def test_rows_whose_rough_scores_are_no_faster_are_scored_exactly(
@@ -312,7 +390,7 @@ def test_rows_whose_rough_scores_are_no_faster_are_scored_exactly(
     screen = Screen(weight, None)
     for rows in (8, 4):
         assert torch.equal(screen.best(x[:rows]), (x[:rows] @ weight.T).argmax(1))
-    assert "rough_scores" not in vars(screen)  # nothing is made for what may never be used
+    assert "bfloat16_scores" not in vars(screen)  # nothing is made for what may never be used
     for rows in (3, 8, 1):
         assert torch.equal(screen.best(x[:rows]), (x[:rows] @ weight.T).argmax(1))
     assert searched == [3, 1]

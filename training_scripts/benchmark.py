@@ -23,7 +23,7 @@ they are.
 
 vocabulary: greedy search in float32 with --model's target vocabulary and with larger ones, which are filled up with
 words that look like its own and are hardly ever chosen: by exact scores of all words, and of those alone that a rough
-product leaves (hf_rnn_seq2seq/screening.py). Where the CPU has no bfloat16 products both are the same.
+product leaves (hf_rnn_seq2seq/screening.py); inside packed(). Where no rough product is faster both are the same.
 
 scaling: time of an update over source length, target length, batch, width and vocabulary, one at a time, with additive
 attention and input feeding, and a plot.
@@ -292,7 +292,7 @@ def vocabulary(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     rows = []
     for times in (1, 4, 16):
-        size = ours.load(name="model", folder=str(options.model), times=times)
+        size = ours.load(name="model", folder=str(options.model), packed=True, times=times)
         for batch_size, some in ((1, sentences[: max(len(sentences) // 10, 1)]), (64, sentences)):
             print(f"\n{times} times the vocabulary, {size / 1e6:.0f} MB of weights, batches of {batch_size}:")
             contestants = {"all words": partial(speed, False, some, batch_size)}
