@@ -145,7 +145,7 @@ class Screen:
         self.bias = bias
         self.version = version_of(weight)
         self.lasting = lasting
-        self.is_useful = True  # until one batch has too many candidates
+        self.is_useful = True  # until one batch has too many candidates; the next call tries again
 
     @functools.cached_property
     def bfloat16_scores(self) -> Bfloat16Scores:
@@ -211,7 +211,9 @@ def screen_of(layer: nn.Module) -> Screen | None:
         return None
     if id(weight) not in weights.screens:
         weights.screens[id(weight)] = Screen(weight, layer.bias, weights.lasting)
-    return weights.screens[id(weight)]
+    screen: Screen = weights.screens[id(weight)]
+    screen.is_useful = True
+    return screen
 
 
 def _gains(weight: torch.Tensor) -> bool:

@@ -242,7 +242,11 @@ def test_given_up_the_output_layer_is_packed_once(searched: list[int], monkeypat
         weights = step_products.loop_weights()
         assert weights is not None
         assert list(weights) == [id(layer.weight)]
-    assert searched == [-3]
+        assert searched == [-3]
+        again = screen_of(layer)  # by the next call, where this lasts
+        assert again is screen
+        assert torch.equal(again.best(x), layer(x).argmax(1))
+    assert searched == [-3, -3]
 
 
 def test_a_screen_of_a_weight_that_has_changed_is_another_one(searched: list[int]) -> None:
