@@ -23,6 +23,8 @@ from .timing import fastest_seconds
 PACKED_SIZE = 2**18
 # What is measured: products with this matrix, of 1, 2, 4, ... and MOST_ROWS rows, which stand for more, too.
 MEASURED = (2048, 512)
+# The same where whole numbers are one side: a vocabulary's matrix, which no cache holds.
+MEASURED_WORDS = (4096, 512)
 MOST_ROWS = 64
 # How many times as fast as its rival something is that is worth a change of the last digit.
 LEAST_GAIN = 1.1
@@ -92,7 +94,7 @@ def saved_by_int8(rows: int, numel: int) -> float:
     eight bits than in float32, made as fast as it can be.
     """
     whole, exact = _int8_and_float32(_measured(rows), torch.get_num_threads())
-    return (exact - whole) * max(rows / MOST_ROWS, 1) * numel / (MEASURED[0] * MEASURED[1])
+    return (exact - whole) * max(rows / MOST_ROWS, 1) * numel / (MEASURED_WORDS[0] * MEASURED_WORDS[1])
 
 
 def _measured(rows: int) -> int:
@@ -119,10 +121,10 @@ def _gain(
 
 @functools.cache
 def _int8_and_float32(rows: int, threads: int) -> tuple[float, float]:
-    """Seconds of a product with a matrix like `MEASURED`. Measured once a process."""
-    outputs, width = MEASURED
+    """Seconds of a product with a matrix like `MEASURED_WORDS`. Measured once a process."""
+    outputs, width = MEASURED_WORDS
     make = functools.partial(torch.ones, dtype=torch.float32, device="cpu")
-    weight, x = make(MEASURED), make(rows, width)
+    weight, x = make(MEASURED_WORDS), make(rows, width)
     int8 = Int8Product(weight.to(torch.int8), make(outputs), make(outputs))
     packed, whole = pack(weight), x.to(torch.uint8)
     seconds = fastest_seconds(lambda: int8(whole, 1.0), lambda: packed_product(x, packed), lambda: F.linear(x, weight))

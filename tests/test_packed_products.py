@@ -94,7 +94,7 @@ def test_what_whole_numbers_save(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fastest(*contestants: object) -> list[float]:
         results = [contestant() for contestant in contestants]  # type: ignore[operator]
-        assert (results[0] == (1 - 128) * packed_products.MEASURED[1] + 1).all()
+        assert (results[0] == (1 - 128) * packed_products.MEASURED_WORDS[1] + 1).all()
         assert torch.equal(results[1], results[2])
         calls.append(tuple(results[0].shape))
         return [1.0, 5.0, 4.0]
@@ -102,11 +102,11 @@ def test_what_whole_numbers_save(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_products, "fastest_seconds", fastest)
     packed_products._int8_and_float32.cache_clear()
     try:
-        size = math.prod(packed_products.MEASURED)
+        size = math.prod(packed_products.MEASURED_WORDS)
         assert saved_by_int8(3, size) == saved_by_int8(4, size) == 3.0
         assert saved_by_int8(64, 2 * size) == 6.0
         assert saved_by_int8(128, size // 2) == 3.0
-        assert calls == [(4, packed_products.MEASURED[0]), (64, packed_products.MEASURED[0])]
+        assert calls == [(4, packed_products.MEASURED_WORDS[0]), (64, packed_products.MEASURED_WORDS[0])]
     finally:
         packed_products._int8_and_float32.cache_clear()
 
