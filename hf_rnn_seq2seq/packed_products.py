@@ -30,11 +30,16 @@ MOST_ROWS = 64
 LEAST_GAIN = 1.1
 
 
+def onednn_is_on() -> bool:
+    onednn = torch.backends.mkldnn
+    return bool(onednn.is_available() and onednn.enabled)
+
+
 def can_be_packed(weight: torch.Tensor) -> bool:
     """Whether oneDNN is there for a matrix of this kind, and it is not too small."""
     if type(weight) not in (torch.Tensor, nn.Parameter) or not weight.is_cpu or weight.numel() < PACKED_SIZE:
         return False
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+    if not onednn_is_on():
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -53,8 +58,7 @@ def packed_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | N
 
 def has_int8_products() -> bool:
     """Whether oneDNN makes products of whole numbers by the CPU's own instructions, which add them up exactly."""
-    onednn = torch.backends.mkldnn
-    return bool(onednn.is_available() and onednn.enabled and torch.cpu._is_vnni_supported())
+    return onednn_is_on() and bool(torch.cpu._is_vnni_supported())
 
 
 class Int8Product:

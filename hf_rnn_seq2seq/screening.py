@@ -22,6 +22,7 @@ from .packed_products import (
     Int8Product,
     can_be_packed,
     has_int8_products,
+    onednn_is_on,
     pack,
     packed_product,
     rough_is_faster,
@@ -224,6 +225,4 @@ def _gains(weight: torch.Tensor) -> bool:
 
 def has_bfloat16_products() -> bool:
     """Whether oneDNN makes them by the CPU's own instructions; without these they are slower than in float32."""
-    onednn = torch.backends.mkldnn
-    usable = onednn.is_available() and bool(onednn.enabled)
-    return usable and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    return onednn_is_on() and bool(torch.cpu.get_capabilities().get("avx512_bf16"))

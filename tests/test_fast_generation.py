@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from decoding import count_packings, count_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIGURATIONS, batch_of, name_of, ragged_batch, tiny_model
@@ -69,17 +70,9 @@ THREE = [
 
 
 @pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows our loops have read a token for, step by step."""
-    rows: list[int] = []
-    original = DecodingSteps.__call__
-
-    def count(self: DecodingSteps, tokens: torch.Tensor) -> torch.Tensor:
-        rows.append(len(tokens))
-        return original(self, tokens)
-
-    monkeypatch.setattr(DecodingSteps, "__call__", count)
-    yield rows  # noqa: PT022  the patch is undone after it
+    return count_rows(DecodingSteps, monkeypatch)
 
 
 @contextmanager
@@ -442,13 +435,7 @@ def test_what_is_kept_packed_follows_the_weights(monkeypatch: pytest.MonkeyPatch
     """However they change: in place, by other memory, by another parameter; and a copy packs for itself."""
     model: Any = tiny_model(hidden_size=256, embedding_size=16).float()
     batch = batch_of(model, *ragged_batch(LENGTHS))
-    packings: list[torch.Tensor] = []
-
-    def count(weight: torch.Tensor) -> torch.Tensor:
-        packings.append(weight)
-        return pack(weight)
-
-    monkeypatch.setattr(step_products, "pack", count)
+    packings = count_packings(monkeypatch)
 
     def packed_now(model: Any) -> int:
         before = len(packings)

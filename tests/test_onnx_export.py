@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from decoding import count_rows
 from models import CONFIGURATIONS, batch_of, name_of, ragged_batch, tiny_model
 from scripts import load_script
 
@@ -82,14 +83,7 @@ def test_rows_that_have_ended_leave_the_batch(
         model.head.output.bias[model.config.eos_token_id] += 0.6  # some sentences end early
     export_onnx(model, tmp_path / "onnx")
     found: Any = RnnSeq2SeqOnnx.from_pretrained(tmp_path / "onnx")
-    rows: list[int] = []
-    step = OnnxSteps.__call__
-
-    def count(self: OnnxSteps, tokens: torch.Tensor) -> torch.Tensor:
-        rows.append(len(tokens))
-        return step(self, tokens)
-
-    monkeypatch.setattr(OnnxSteps, "__call__", count)
+    rows = count_rows(OnnxSteps, monkeypatch)
     batch = batch_of(model, *ragged_batch([5, 1, 3, 7, 2, 6, 4, 1]))
     for options in ({}, {"num_beams": 3, "num_return_sequences": 2}):
         rows.clear()

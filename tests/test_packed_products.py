@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from decoding import needs_int8
 
 from hf_rnn_seq2seq import packed_products
 from hf_rnn_seq2seq.packed_products import (
     Int8Product,
     can_be_packed,
-    has_int8_products,
     pack,
     packed_is_faster,
     packed_product,
@@ -69,9 +69,6 @@ def test_both_kinds_are_measured_for_real(rows: int) -> None:
     assert packed_is_faster(WIDE, rows) in (True, False)
     assert rough_is_faster(rows) in (True, False)
     assert packed_products._gain.cache_info().currsize >= 2
-
-
-needs_int8 = pytest.mark.skipif(not has_int8_products(), reason="no products of whole numbers of eight bits")
 
 
 @needs_int8

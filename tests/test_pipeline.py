@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from decoding import count_packings
 from hub_client import word_tokenizer
 from transformers import (
     GenerationConfig,
@@ -377,14 +378,7 @@ def test_matrices_are_packed_once_for_all_calls(monkeypatch: pytest.MonkeyPatch)
     """And anew when the weights are others."""
     monkeypatch.setattr(step_products, "packed_is_faster", lambda dtype, rows: True)
     monkeypatch.setattr(packed_products, "PACKED_SIZE", 0)
-    packings: list[int] = []
-    pack = step_products.pack
-
-    def count(weight: torch.Tensor) -> torch.Tensor:
-        packings.append(weight.numel())
-        return pack(weight)
-
-    monkeypatch.setattr(step_products, "pack", count)
+    packings = count_packings(monkeypatch)
     pipe, other = make(), make(seed=4)
     texts = []
     for one in (pipe, other):

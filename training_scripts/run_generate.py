@@ -261,11 +261,12 @@ def generate_for(
         inputs = {name: padded[name].to(model.device) for name in names}
         # Ids alone come faster.
         output = model.generate(**inputs, **extra, return_dict_in_generate=dictionary is not None)  # type: ignore[operator]  # declared nowhere
-        sequences = output if dictionary is None else output.sequences
         if dictionary is None:
+            sequences = output
             copied: dict[str, Any] = {"source_texts": sources} if "copy_ids" in inputs else {}
             texts = tokenizer.batch_decode(sequences, skip_special_tokens=True, **copied)
         else:
+            sequences = output.sequences
             # A recurrent model and a fast tokenizer, or the words could not have been had.
             texts = replace_unknown_words(cast(Any, model), output, cast(Any, tokenizer), words, dictionary)
         scores: list[tuple[float | None, float | None]] = [(None, None)] * len(texts)
