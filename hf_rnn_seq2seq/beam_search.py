@@ -72,6 +72,7 @@ def beam_search(
 class GnmtPenalties(Search):
     """Length and coverage penalty of Wu et al. 2016, eq. 14, for finished hypotheses."""
 
+    _acts_on_ends_alone = True
     _coverage: torch.Tensor | None  # attention summed over each running hypothesis's tokens, [B * N, S]
     _step_attention: torch.Tensor  # what the present step adds, [B * N, S]
     _source_mask: torch.Tensor  # [B * N, S]

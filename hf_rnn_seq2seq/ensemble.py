@@ -18,8 +18,8 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_rnn_seq2seq import RnnSeq2SeqCache
+from .decoding_steps import DecodingSteps
 from .encoders import RnnSeq2SeqEncoderOutput
-from .fast_generation import DecodingSteps
 from .generation_rnn_seq2seq import RnnSeq2SeqGenerationMixin
 from .modeling_rnn_seq2seq import RnnSeq2SeqForConditionalGeneration
 from .signatures import with_known_signature

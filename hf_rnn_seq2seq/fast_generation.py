@@ -10,156 +10,22 @@ Shape letters: B sources, b those that still run, N beams a source, K candidates
 vocabulary; rows are b, under beam search b * N.
 """
 
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin
-from transformers.generation import (
-    EosTokenCriteria,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    ExponentialDecayLengthPenalty,
-    ForcedBOSTokenLogitsProcessor,
-    ForcedEOSTokenLogitsProcessor,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    LogitsProcessorList,
-    MaxLengthCriteria,
-    MaxTimeCriteria,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    StoppingCriteriaList,
-    SuppressTokensAtBeginLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
 from .best_words import best_continuations, best_words
+from .decoding_steps import DecodingSteps, first_steps
+from .ended_rows import Ended, Ends, enough_to_drop, rows_are_independent
 from .heads import LinearHead
 from .host_memory import keep_for_steps
-from .losses import as_logits
 from .screening import Screen, screen_of
+from .search_base import NEVER
 from .step_products import shared_by_steps
-from .wirings import StepOutput
-
-# Those whose answer for a row depends on nothing but this row, so that other rows may be missing. (By their types:
-# a subclass may do anything.)
-ROW_WISE_PROCESSORS: frozenset[type] = frozenset(
-    {
-        EpsilonLogitsWarper,
-        EtaLogitsWarper,
-        ExponentialDecayLengthPenalty,
-        ForcedBOSTokenLogitsProcessor,
-        ForcedEOSTokenLogitsProcessor,
-        InfNanRemoveLogitsProcessor,
-        LogitNormalization,
-        MinLengthLogitsProcessor,
-        MinNewTokensLengthLogitsProcessor,
-        MinPLogitsWarper,
-        NoBadWordsLogitsProcessor,
-        NoRepeatNGramLogitsProcessor,
-        RepetitionPenaltyLogitsProcessor,
-        SequenceBiasLogitsProcessor,
-        SuppressTokensAtBeginLogitsProcessor,
-        SuppressTokensLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-        TypicalLogitsWarper,
-    }
-)
-ROW_WISE_CRITERIA: frozenset[type] = frozenset({EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria})
-
-# Rows are dropped when this part of them has ended. Copying those that stay costs less than this part of a step.
-DROPPED_PART = 1 / 8
-
-
-class Steps(Protocol):
-    """A decoder behind the first step of generate()."""
-
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Reads every row's next token: [rows] -> logits [rows, V]."""
-        ...
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Goes on with these rows alone. Of rows that were repeated it takes all of a source, or none."""
-        ...
-
-    def reorder(self, rows: torch.Tensor) -> None:
-        """Puts each row in the place of another one of the same source."""
-        ...
-
-    def repeat(self, times: int) -> None:
-        """Each row several times over, side by side."""
-        ...
-
-
-class DecodingSteps:
-    """
-    [`Steps`] of one model.
-
-    Args:
-        model: a `RnnSeq2SeqForConditionalGeneration`.
-        cache: its cache after the first step.
-        encoder_outputs: what it read.
-        copy_ids: as for `model.forward`.
-    """
-
-    def __init__(self, model: Any, cache: Any, encoder_outputs: ModelOutput, copy_ids: torch.Tensor | None):
-        self.model, self.decoder, self.config = model, model.model.decoder, model.config
-        self.state, self.prepared = cache.state, cache.prepared_memory
-        self.source_ids, self.copy_ids = encoder_outputs.get("source_ids"), copy_ids
-        self.sharing = 1  # how many rows have one source's prepared memory in common
-
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        if self.model.head.copies:
-            tokens = tokens.masked_fill(tokens >= self.config.vocab_size, self.config.unk_token_id)
-        scores = self.model._scores(self.source_ids, self.read(tokens), self.copy_ids)[:, -1]
-        return as_logits(scores, self.config.output_normalizer)
-
-    def before_output(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Reads as a call does, but gives what the output layer of a `LinearHead` is to read: [rows] -> [rows, *]."""
-        inputs = self.model._head_input(self.source_ids, self.read(tokens), self.copy_ids)
-        return cast(torch.Tensor, self.model.head.before_output(inputs)[:, -1])
-
-    def read(self, tokens: torch.Tensor) -> StepOutput:
-        """What the decoder makes of every row's next token: [rows] -> [rows, 1, ...]."""
-        x = self.decoder.embed_tokens(tokens).unsqueeze(1)  # [rows, 1, E]
-        output, self.state = self.decoder(x, self.state, self.prepared)
-        return cast(StepOutput, output)
-
-    def select(self, rows: torch.Tensor) -> None:
-        sources = rows[:: self.sharing] // self.sharing
-        self.prepared = self.prepared._make(tensor.index_select(0, sources) for tensor in self.prepared)
-        self.select_state(rows)
-
-    def select_state(self, rows: torch.Tensor) -> None:
-        """What `select` does to all but the prepared memory."""
-        self.source_ids, self.copy_ids = (
-            None if ids is None else ids.index_select(0, rows) for ids in (self.source_ids, self.copy_ids)
-        )
-        self.reorder(rows)
-
-    def reorder(self, rows: torch.Tensor) -> None:
-        self.state = self.state.map(lambda tensor: tensor.index_select(0, rows))
-
-    def repeat(self, times: int) -> None:
-        rows = torch.arange(self.prepared.mask.size(0), device=self.prepared.mask.device).repeat_interleave(times)
-        if self.state.alignment:  # each row looks at the memory in a way of its own
-            self.select(rows)
-        else:
-            self.select_state(rows)
-            self.sharing *= times
 
 
 def _defining_class(cls: type, name: str) -> type | None:
@@ -193,53 +59,6 @@ def is_covered(
     )
 
 
-def rows_are_independent(
-    config: GenerationConfig, logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList
-) -> bool:
-    """May a row be missing without a difference to others? In sampling, all rows draw from one stream of numbers."""
-    return (
-        not config.do_sample
-        and all(
-            type(one) in ROW_WISE_PROCESSORS
-            and not isinstance(getattr(one, "prompt_ignore_length", None), torch.Tensor)  # one for each row
-            for one in logits_processor
-        )
-        and all(type(one) in ROW_WISE_CRITERIA for one in stopping_criteria)
-    )
-
-
-class Ended:
-    """
-    What has ended, by the row of the batch (under beam search, the source) that it belongs to.
-
-    Args:
-        rows: how many there are in the batch.
-    """
-
-    def __init__(self, rows: int, device: torch.device):
-        self.running = torch.arange(rows, device=device)  # which rows of the batch are still with us
-        self.rows: list[torch.Tensor] = []
-        self.sequences: list[torch.Tensor] = []
-
-    def add(self, ended: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
-        """Of rows that have `ended` [b], their sequences [.., T]. Returns which rows go on."""
-        self.rows.append(self.running[ended])
-        self.sequences.append(sequences)
-        going_on = (~ended).nonzero().squeeze(1)
-        self.running = self.running[going_on]
-        return going_on
-
-    def all_sequences(self, fill: int) -> torch.Tensor:
-        """Those of all rows in the batch's order, [B, ..., T], filled up behind."""
-        width = max(one.size(-1) for one in self.sequences)
-        padded = [nn.functional.pad(one, (0, width - one.size(-1)), value=fill) for one in self.sequences]
-        return torch.cat(padded)[torch.cat(self.rows).argsort()]
-
-
-def enough_to_drop(ended: int, rows: int) -> bool:
-    return ended >= max(1, rows * DROPPED_PART)
-
-
 def output_screen(model: Any) -> Screen | None:
     """Of an output layer whose best word is the model's; its steps are then [`DecodingSteps`]."""
     if type(model).decoding_steps is not DecodingSteps or model.config.output_normalizer != "softmax":
@@ -261,7 +80,7 @@ def sample(
     pad = cast(Any, config)._pad_token_tensor
     fills_up = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     may_drop = fills_up and rows_are_independent(config, logits_processor, stopping_criteria)
-    ended = Ended(input_ids.size(0), input_ids.device)
+    ended, ends = Ended(input_ids.size(0), input_ids.device), Ends(stopping_criteria)
     unfinished = torch.ones_like(ended.running, dtype=torch.bool)
 
     def choose(logits: torch.Tensor) -> torch.Tensor:
@@ -283,7 +102,7 @@ def sample(
             if fills_up and number_ended:
                 tokens = torch.where(unfinished, tokens, pad)
             input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)
-            unfinished = unfinished & ~stopping_criteria(input_ids, None)
+            unfinished = unfinished & ~ends(input_ids)
             rows = len(unfinished)
             number_ended = rows - int(unfinished.sum())
             if number_ended == rows:
@@ -301,11 +120,38 @@ def sample(
     return cast(torch.LongTensor, ended.all_sequences(fill=0 if pad is None else int(pad)))
 
 
-def first_steps(model: Any, outputs: ModelOutput, model_kwargs: dict[str, Any]) -> Steps:
-    """The model's steps after the first one, whose `outputs` these are."""
-    return type(model).decoding_steps(
-        model, outputs["past_key_values"], model_kwargs["encoder_outputs"], model_kwargs.get("copy_ids")
+# transformers' helpers that a beam search goes through, but for those that choose from scores.
+BEAM_HELPERS = (
+    "_get_running_beams_for_next_iteration",
+    "_update_finished_beams",
+    "_check_early_stop_heuristic",
+    "_beam_search_has_unfinished_sequences",
+)
+
+
+def acts_on_ends_alone(model: GenerationMixin) -> bool:
+    """
+    Are a step's N best candidates the next beams, and is all else as before, where none of its K has ended, and no
+    source has all its finished hypotheses? So it is with transformers' helpers; other classes that have helpers say it
+    by `_acts_on_ends_alone`.
+    """
+    return all(
+        cls is GenerationMixin or vars(cls).get("_acts_on_ends_alone", False)
+        for cls in type(model).__mro__
+        if any(name in vars(cls) for name in BEAM_HELPERS)
     )
+
+
+def nothing_ends(hits: torch.Tensor, scores: torch.Tensor, beams: int) -> bool:
+    """
+    No candidate has ended, and it is clear which N are the best, in which order.
+
+    Args:
+        hits: [b, K].
+        scores: [b, K].
+    """
+    in_order = scores[:, 1 : beams + 1] < scores[:, :beams]
+    return not bool(hits.any()) and bool(in_order.all())
 
 
 def every(tensors: dict[str, Any], beams: int) -> dict[str, Any]:
@@ -341,7 +187,8 @@ def search_beams(
     fill = -1 if eos is None else int(pad or eos[0])
     among_best = torch.arange(kept, device=device) < beams
     may_drop = rows_are_independent(config, logits_processor, stopping_criteria)
-    ended = Ended(sources, device)
+    ended, ends = Ended(sources, device), Ends(stopping_criteria)
+    may_skip = config.num_return_sequences == 1 and acts_on_ends_alone(model)
     early_stopping, length_penalty = config.early_stopping, config.length_penalty
 
     def best(finished: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -357,6 +204,8 @@ def search_beams(
     lengths = torch.zeros_like(running_scores, dtype=torch.long)  # tokens behind the prompt in `finished`
     is_finished = torch.zeros_like(running_scores, dtype=torch.bool)
     may_improve = torch.ones(sources, 1, dtype=torch.bool, device=device)
+    open_only = True  # are all hypotheses that may still be finished certain of a place?
+    first_rows = beams * torch.arange(sources, device=device)[:, None]
 
     keep_for_steps(input_ids.device)
     with shared_by_steps(packed=True):
@@ -383,7 +232,12 @@ def search_beams(
                 top_scores, chosen = best_continuations(log_probs, running_scores, kept)  # [b, K]
             parents, tokens = chosen // logits.size(1), chosen % logits.size(1)
             top = torch.cat((model._gather_beams(running, parents), tokens[:, :, None]), dim=2)
-            hits = stopping_criteria(top.flatten(0, 1), None).view_as(parents)
+            hits = ends(top)  # [b, K]
+            if may_skip and open_only and nothing_ends(hits, top_scores, beams):
+                running, running_scores, parents = top[:, :beams], top_scores[:, :beams], parents[:, :beams]
+                steps.reorder((parents + first_rows[: len(parents)]).flatten())
+                logits = steps(running[:, :, -1].flatten())
+                continue
             # In the places where transformers' helpers have all of a hypothesis's beam indices they get its last
             # parent, or the number of its tokens: all that is made of them here.
             running, running_scores, parents = model._get_running_beams_for_next_iteration(
@@ -394,7 +248,7 @@ def search_beams(
                 num_beams=beams,
             )
             finished, finished_scores, lengths, is_finished = model._update_finished_beams(
-                sequences=nn.functional.pad(finished, (0, 1), value=fill),
+                sequences=nn.functional.pad(finished, (0, length + 1 - finished.size(2)), value=fill),
                 topk_running_sequences=top,
                 beam_scores=finished_scores,
                 topk_log_probs=top_scores,
@@ -431,7 +285,7 @@ def search_beams(
                 may_improve, is_finished, hits, early_stopping
             ):
                 break
-            rows = parents + beams * torch.arange(len(parents), device=device)[:, None]  # [b, N]
+            rows = parents + first_rows[: len(parents)]  # [b, N]
             if may_drop and enough_to_drop(int(done.sum()), len(done)):
                 going_on = ended.add(done, best(finished[done], lengths[done]))
                 running, running_scores, rows = (one[going_on] for one in (running, running_scores, rows))
@@ -441,6 +295,8 @@ def search_beams(
                 steps.select(rows.flatten())
             else:
                 steps.reorder(rows.flatten())
+            comes_later = is_finished.all(1) & may_improve[:, 0]
+            open_only = not (comes_later | (finished_scores < NEVER).any(1)).any()
             logits = steps(running[:, :, -1].flatten())
     ended.add(torch.ones_like(done), best(finished, lengths))
     return cast(torch.LongTensor, ended.all_sequences(fill).flatten(0, 1))

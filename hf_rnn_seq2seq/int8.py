@@ -10,7 +10,7 @@ As x shares a scale, a row's result depends, within the rounding, on the rows be
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -121,15 +122,7 @@ class Int8Linear(Int8Matrix):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., I] -> [..., O], in x's type."""
-        if self.training and torch.is_grad_enabled():
-            raise RuntimeError(
-                "Weights in eight bits (`RnnSeq2SeqInt8Config`) are for decoding and can't be trained: call "
-                "model.eval(), or load the model that was quantised without `quantization_config`."
-            )
-        if x.device.type != "cpu":
-            raise RuntimeError(
-                f"Weights in eight bits (`RnnSeq2SeqInt8Config`) are for a CPU, the input is on {x.device}."
-            )
+        self.check(x)
         if x.numel() == 0:
             return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         results = x.numel() // self.in_features * self.out_features
@@ -139,6 +132,21 @@ class Int8Linear(Int8Matrix):
             x.to(torch.float32), self._pack(engine_for(results)), not torch.cpu._is_vnni_supported()
         )
         return product.to(x.dtype)
+
+    def check(self, x: torch.Tensor) -> None:
+        """
+        Raises:
+            RuntimeError: in training; for an input that is not on the CPU.
+        """
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "Weights in eight bits (`RnnSeq2SeqInt8Config`) are for decoding and can't be trained: call "
+                "model.eval(), or load the model that was quantised without `quantization_config`."
+            )
+        if x.device.type != "cpu":
+            raise RuntimeError(
+                f"Weights in eight bits (`RnnSeq2SeqInt8Config`) are for a CPU, the input is on {x.device}."
+            )
 
     def _pack(self, engine: str) -> torch.ScriptObject:
         """In the layout of the engine's kernel, made at its first call and when there are other weights."""
@@ -169,15 +177,21 @@ class Int8Linear(Int8Matrix):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+# torch's kernels for a sequence, and those that do the same with matrices of eight bits.
+KERNELS = {torch.lstm: torch.quantized_lstm, torch.gru: torch.quantized_gru}
+
+
 class Int8Cell:
     """
-    What a `KernelLayer` with weights in eight bits does otherwise: its products, and a sequence step by step.
+    What a `KernelLayer` with weights in eight bits does otherwise: its products, and a sequence.
 
     `quantize_cell` puts this class before the layer's own.
     """
 
     product_ih: Int8Linear
     product_hh: Int8Linear
+    num_states: int
+    fused: Callable[..., tuple[torch.Tensor, ...]]
 
     def _cast(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         return [tensor.to(torch.float32) for tensor in tensors]
@@ -189,7 +203,44 @@ class Int8Cell:
         return self.update(x, self.product_hh(self.drop(state[0], noise)), state)  # type: ignore[attr-defined]
 
     def _forward_at_once(self, x: torch.Tensor, state: State, mask: torch.Tensor | None) -> tuple[torch.Tensor, State]:
-        return self._forward_by_steps(x, state, mask)  # type: ignore[attr-defined]
+        kernel = KERNELS.get(type(self).fused)
+        if kernel is None or x.numel() == 0 or torch.compiler.is_compiling():
+            return self._forward_by_steps(x, state, mask)  # type: ignore[attr-defined]
+        self.product_ih.check(x)
+        x, *state_list = self._cast(x, *state)
+        if mask is not None and not mask.all():
+            return self._forward_packed(kernel, x, state_list, mask)
+        outputs, *last = kernel(x, *self._kernel_arguments(state_list), True)  # batch first
+        return outputs, tuple(value.squeeze(0) for value in last)
+
+    def _forward_packed(
+        self,
+        kernel: Callable[..., tuple[torch.Tensor, ...]],
+        x: torch.Tensor,
+        state: list[torch.Tensor],
+        mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, State]:
+        """Of rows of several lengths: tokens moved to the left, and rows in the order of their lengths."""
+        places = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True).unsqueeze(2)  # [B, T, 1]
+        lengths = mask.sum(1)
+        packed = pack_padded_sequence(x.gather(1, places.expand_as(x)), lengths.clamp(min=1), True, False)
+        data, *last = kernel(packed.data, packed.batch_sizes, *self._kernel_arguments(state))
+        outputs, _ = pad_packed_sequence(packed._replace(data=data), True, total_length=x.size(1))
+        outputs = torch.zeros_like(outputs).scatter(1, places.expand_as(outputs), outputs)
+        empty = (lengths == 0).unsqueeze(1)
+        final = (value.squeeze(0)[packed.unsorted_indices] for value in last)
+        return outputs.masked_fill(~mask.unsqueeze(2), 0), tuple(value.masked_fill(empty, 0) for value in final)
+
+    def _kernel_arguments(self, state: list[torch.Tensor]) -> list[Any]:
+        first = [value.unsqueeze(0).contiguous() for value in state]  # [1, B, H] each
+        engine = torch.backends.quantized.engine
+        cell = torch.ops.quantized.make_quantized_cell_params_dynamic(
+            *(product._pack(engine) for product in (self.product_ih, self.product_hh)),
+            *(product.bias for product in (self.product_ih, self.product_hh)),
+            not torch.cpu._is_vnni_supported(),
+        )
+        # has biases, layers, dropout, training, both directions
+        return [first if self.num_states > 1 else first[0], [cell], True, 1, 0.0, False, False]
 
 
 def quantize_cell(layer: nn.Module, loaded: bool) -> None:

@@ -17,8 +17,8 @@ from .cache_rnn_seq2seq import DecoderState, RnnSeq2SeqCache
 from .chunked_loss import head_loss
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
 from .decoder import RnnSeq2SeqDecoder
+from .decoding_steps import DecodingSteps
 from .encoders import RnnSeq2SeqEncoder, RnnSeq2SeqEncoderOutput
-from .fast_generation import DecodingSteps
 from .generation_rnn_seq2seq import RnnSeq2SeqGenerationMixin
 from .heads import HEADS, HeadInput, check_copy_ids
 from .int8 import register

@@ -60,7 +60,7 @@ class RnnSeq2SeqOnnxEncoder:
 
 class OnnxSteps:
     """
-    [`fast_generation.Steps`] of an exported model: rows that have ended leave its batches.
+    [`decoding_steps.Steps`] of an exported model: rows that have ended leave its batches.
 
     Args:
         model: the exported model.

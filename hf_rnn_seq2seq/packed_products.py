@@ -85,6 +85,12 @@ def packed_is_faster(dtype: torch.dtype, rows: int) -> bool:
     return _gain(_measured(rows), dtype, True, dtype, False, torch.get_num_threads()) > 1 / LEAST_GAIN
 
 
+def packing_repaid(dtype: torch.dtype, rows: int) -> float:
+    """The part of the time to `pack` a matrix that one product of so many rows takes less with it."""
+    plain, packed, packing = _packing(dtype, _measured(rows), torch.get_num_threads())
+    return max(plain - packed, 0.0) / packing
+
+
 def rough_is_faster(rows: int) -> bool:
     """Whether products of so many rows take less time in bfloat16 than in float32, each made as fast as it can be."""
     rows, threads = _measured(rows), torch.get_num_threads()
@@ -121,6 +127,14 @@ def _gain(
 
     one, other = fastest_seconds(product(dtype, packed), product(other_dtype, other_packed))
     return other / one
+
+
+@functools.cache
+def _packing(dtype: torch.dtype, rows: int, threads: int) -> list[float]:
+    """Seconds of a product with a matrix as it is, with a packed one, and of packing it. Measured once a process."""
+    x, weight = (torch.ones(shape, dtype=dtype, device="cpu") for shape in ((rows, MEASURED[1]), MEASURED))
+    packed = pack(weight)
+    return fastest_seconds(lambda: F.linear(x, weight), lambda: packed_product(x, packed), lambda: pack(weight))
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .packed_products import can_be_packed, pack, packed_is_faster, packed_product
+from .packed_products import can_be_packed, pack, packed_is_faster, packed_product, packing_repaid
 
 
 class LoopWeight:
@@ -29,6 +29,7 @@ class LoopWeight:
         bias: torch.Tensor | None,
         dtype: torch.dtype,
         packed: bool = False,
+        lasting: bool = False,
         spared: bool = False,
     ):
         self.original = weight  # kept alive: its id is its name
@@ -42,17 +43,28 @@ class LoopWeight:
         self.steps: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.token = _Weight.apply(self, weight, bias) if self.needs_grad else None
         self.spared = spared  # is its first product made before it is packed?
+        # Of the time that packing takes, what it would have saved so far. When that is all of it, there are probably
+        # as many products to come; what lasts for many calls is packed at once.
+        self.repaid = 1.0 if lasting else 0.0
         self.packed: torch.Tensor | None = None
         self.may_pack = packed and not self.needs_grad and can_be_packed(self.weight)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """W x + b [..., O] of one step, x [..., I], without a gradient."""
-        spared, self.spared = self.spared, False
-        if not self.may_pack or spared or not packed_is_faster(self.weight.dtype, x.numel() // x.size(-1)):
+        if not self.may_pack or not self.wants_packing(x.numel() // x.size(-1)):
             return F.linear(x, self.weight, self.bias)
         if self.packed is None:
             self.packed = pack(self.weight)
         return packed_product(x.to(self.weight.dtype), self.packed, self.bias)
+
+    def wants_packing(self, rows: int) -> bool:
+        """Is the next product, of so many rows, better made with a packed matrix?"""
+        spared, self.spared = self.spared, False
+        if spared or not packed_is_faster(self.weight.dtype, rows):
+            return False
+        if self.repaid < 1:
+            self.repaid += packing_repaid(self.weight.dtype, rows)
+        return self.repaid >= 1
 
     def put_aside(self, x: torch.Tensor, grad: torch.Tensor) -> None:
         """x [..., I] and dy [..., O] of one step."""
@@ -190,9 +202,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         autocast = torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device_type) if autocast else weight.dtype
         # What has a screen makes a first step's scores, and then mostly none.
-        record = weights[id(weight)] = LoopWeight(
-            weight, bias, dtype, weights.packed, spared=id(weight) in weights.screens
-        )
+        spared = id(weight) in weights.screens
+        record = weights[id(weight)] = LoopWeight(weight, bias, dtype, weights.packed, weights.lasting, spared)
     if record.token is None:
         return record.product(x)
     return _Product.apply(record.token, record, x.to(record.weight.dtype))

@@ -17,6 +17,7 @@ class ToolkitSearch(Search):
     (transformers goes on from the N best that do not end). A source's search is over when `_is_over`.
     """
 
+    _acts_on_ends_alone = True
     _ended: torch.Tensor  # places, best to worst, at which a candidate has ended in this or an earlier step, [B, N]
 
     def start_search(
@@ -81,6 +82,8 @@ class JoeynmtSearch(ToolkitSearch):
     - a finished hypothesis of n tokens, end of sequence included, scores log P / ((5 + n) / 6) ** alpha (Wu et al.
       2016, eq. 14).
     """
+
+    _acts_on_ends_alone = True
 
     def _length_penalty(self, length: int) -> float:
         return ((5 + length) / 6) ** self._alpha

@@ -1,5 +1,6 @@
 """What decoding does while a test looks on, and what of it needs a certain CPU."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,6 +26,17 @@ def count_rows(steps: type[Any], monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(steps, "__call__", count)
     return rows
+
+
+def pack_at_once(monkeypatch: pytest.MonkeyPatch, faster: Callable[[torch.dtype, int], bool] | None = None) -> None:
+    """
+    Every machine packs what can be packed, before its first product.
+
+    Args:
+        faster: whether products of a type and number of rows are faster with a packed matrix; by default all are.
+    """
+    monkeypatch.setattr(step_products, "packed_is_faster", faster or (lambda dtype, rows: True))
+    monkeypatch.setattr(step_products, "packing_repaid", lambda dtype, rows: 1.0)
 
 
 def count_packings(monkeypatch: pytest.MonkeyPatch) -> list[int]:

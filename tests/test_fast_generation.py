@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import count_packings, count_rows
+from decoding import count_packings, count_rows, pack_at_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIGURATIONS, batch_of, name_of, ragged_batch, tiny_model
@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, set_seed
 
 from hf_rnn_seq2seq import RnnSeq2SeqEnsemble, RnnSeq2SeqForConditionalGeneration, step_products
-from hf_rnn_seq2seq.fast_generation import DROPPED_PART, DecodingSteps
+from hf_rnn_seq2seq.decoding_steps import DecodingSteps
+from hf_rnn_seq2seq.ended_rows import DROPPED_PART
 from hf_rnn_seq2seq.modeling_rnn_seq2seq import RnnSeq2SeqLMOutput
 from hf_rnn_seq2seq.packed_products import PACKED_SIZE, pack
-from hf_rnn_seq2seq.step_products import StepLinear, shared_by_steps
+from hf_rnn_seq2seq.step_products import StepLinear, packed_weights, shared_by_steps
 
 LENGTHS = [5, 1, 3, 7, 2, 6, 4, 1]
 
@@ -357,13 +358,12 @@ def test_whatever_else_is_wanted_goes_by_transformers_loops(read: list[int]) -> 
 @pytest.fixture(params=[True, False, None], ids=["packed", "plain", "by rows"])
 def packs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What measurements say, on any machine."""
-    says = (lambda dtype, rows: rows > 2) if request.param is None else (lambda dtype, rows: request.param)
-    monkeypatch.setattr(step_products, "packed_is_faster", says)
+    pack_at_once(monkeypatch, lambda dtype, rows: rows > 2 if request.param is None else request.param)
 
 
 @pytest.fixture
 def always_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_products, "packed_is_faster", lambda dtype, rows: True)
+    pack_at_once(monkeypatch)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
@@ -382,6 +382,34 @@ def test_packed_products_equal_plain_ones(dtype: torch.dtype, tolerance: float, 
                 assert product.dtype == dtype
                 torch.testing.assert_close(product, expected, rtol=tolerance, atol=tolerance)
             torch.testing.assert_close(small(x[..., :5]), F.linear(x[..., :5], small.weight, small.bias))
+
+
+def test_packing_waits_until_it_would_have_paid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one call; for many calls it is done at once. Where packed products are slower, never."""
+    pack_at_once(monkeypatch, lambda dtype, rows: rows != 3)
+    monkeypatch.setattr(step_products, "packing_repaid", lambda dtype, rows: 0.3 * rows)
+    packings = count_packings(monkeypatch)
+    layer = StepLinear(512, 512)
+    made: list[list[int]] = []
+    for rows in ([1] * 5, [2, 2, 2], [3, 1, 3, 1, 4, 3], [3] * 9):
+        for around in (shared_by_steps(packed=True), packed_weights()):
+            made.append([])
+            packings.clear()
+            with torch.no_grad(), around, shared_by_steps(packed=True):
+                for number in rows:
+                    x = torch.randn(number, 512)
+                    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-4)
+                    made[-1].append(len(packings))
+    assert made == [
+        [0, 0, 0, 1, 1],
+        [1, 1, 1, 1, 1],
+        [0, 1, 1],
+        [1, 1, 1],
+        [0, 0, 0, 0, 1, 1],
+        [0, 1, 1, 1, 1, 1],
+        [0] * 9,
+        [0] * 9,
+    ]
 
 
 @pytest.mark.usefixtures("packs")

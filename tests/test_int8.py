@@ -152,6 +152,38 @@ def test_cells_step_as_they_run_through_a_sequence(cell: str) -> None:
     assert (state[0] - expected[0:1, -1]).norm() / expected[0, -1].norm() < 0.06
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("lengths", [[7, 7, 7], [7, 5, 6], [2, 0, 7], [1]])
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_kernels_for_sequences_go_like_the_steps(
+    cell: str, lengths: list[int], side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the scales, which the other rows of a step have a part in: here all are alike."""
+    torch.manual_seed(1)
+    layer = CELLS[cell](12, 16)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    quantize(nn.ModuleList([layer]), [], loaded=True)
+    layer.eval()
+    calls: list[int] = []
+    kernel = int8_module.KERNELS[type(layer).fused]
+    monkeypatch.setitem(int8_module.KERNELS, type(layer).fused, lambda *a: (calls.append(len(a)), kernel(*a))[1])
+    _, mask = ragged_batch(lengths, side)
+    x = torch.randn(1, mask.size(1), 12).expand(len(lengths), -1, -1) * mask.unsqueeze(2)
+    outputs, final = layer(x, None, mask.bool())
+    expected, expected_final = layer._forward_by_steps(x, layer.zero_state(x), mask.bool())
+    assert len(calls) == 1
+    for found, wanted in zip((outputs, *final), (expected, *expected_final), strict=True):
+        assert found.shape == wanted.shape
+        assert (found - wanted).norm() <= 0.02 * wanted.norm()
+    assert (outputs[mask == 0] == 0).all()
+    assert not any(value[torch.tensor(lengths) == 0].any() for value in final)
+    state = tuple(torch.randn_like(value) for value in final)
+    outputs, final = layer(x, state)
+    torch.testing.assert_close(outputs, layer._forward_by_steps(x, state, None)[0], rtol=0, atol=0.02)
+    assert len(calls) == 2
+
+
 # Models
 
 

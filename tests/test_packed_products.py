@@ -14,6 +14,7 @@ from hf_rnn_seq2seq.packed_products import (
     pack,
     packed_is_faster,
     packed_product,
+    packing_repaid,
     rough_is_faster,
     saved_by_int8,
 )
@@ -69,6 +70,29 @@ def test_both_kinds_are_measured_for_real(rows: int) -> None:
     assert packed_is_faster(WIDE, rows) in (True, False)
     assert rough_is_faster(rows) in (True, False)
     assert packed_products._gain.cache_info().currsize >= 2
+
+
+def test_what_of_packing_a_product_repays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is measured once for some rows and a type; a slower product repays nothing."""
+    calls: list[tuple[int, torch.dtype]] = []
+
+    def fastest(*contestants: object) -> list[float]:
+        plain, packed, matrix = (contestant() for contestant in contestants)  # type: ignore[operator]
+        assert torch.equal(plain, packed)
+        assert matrix.numel() == math.prod(packed_products.MEASURED)
+        calls.append((len(plain), plain.dtype))
+        return [3.0, 2.0 if len(plain) == 4 else 5.0, 8.0]
+
+    packed_products._packing.cache_clear()
+    monkeypatch.setattr(packed_products, "fastest_seconds", fastest)
+    try:
+        assert packing_repaid(WIDE, 3) == packing_repaid(WIDE, 4) == 1 / 8
+        assert packing_repaid(WIDE, 1) == 0
+        assert calls == [(4, WIDE), (1, WIDE)]
+    finally:
+        packed_products._packing.cache_clear()
+    monkeypatch.undo()
+    assert 0 <= packing_repaid(WIDE, 8) < 100
 
 
 @needs_int8

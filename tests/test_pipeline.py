@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import count_packings
+from decoding import count_packings, pack_at_once
 from hub_client import word_tokenizer
 from transformers import (
     GenerationConfig,
@@ -21,7 +21,6 @@ from hf_rnn_seq2seq import (
     RnnSeq2SeqForConditionalGeneration,
     RnnSeq2SeqTokenizer,
     packed_products,
-    step_products,
 )
 from hf_rnn_seq2seq.pipeline_rnn_seq2seq import TASK, RnnText2TextPipeline
 
@@ -376,7 +375,7 @@ def test_truncation() -> None:
 
 def test_matrices_are_packed_once_for_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """And anew when the weights are others."""
-    monkeypatch.setattr(step_products, "packed_is_faster", lambda dtype, rows: True)
+    pack_at_once(monkeypatch)
     monkeypatch.setattr(packed_products, "PACKED_SIZE", 0)
     packings = count_packings(monkeypatch)
     pipe, other = make(), make(seed=4)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from decoding import pack_at_once
 from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -216,7 +217,7 @@ def test_several_models_are_an_ensemble(model_folder, other_folder, tmp_path, ru
 
 def test_ids_alone_come_through_our_own_loops(model_folder, run, monkeypatch) -> None:
     """All lines' matrices are packed once."""
-    monkeypatch.setattr(step_products, "packed_is_faster", lambda dtype, rows: True)
+    pack_at_once(monkeypatch)
     monkeypatch.setattr(step_products, "can_be_packed", lambda weight: True)
     monkeypatch.setattr(step_products, "packed_product", lambda x, packed, bias: F.linear(x, packed, bias))
     packings: list[int] = []

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import count_packings, needs_int8
+from decoding import count_packings, needs_int8, pack_at_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIGURATIONS, batch_of, name_of, ragged_batch, tiny_model
@@ -36,7 +36,7 @@ def any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested is the same on all of them, however fast their products of rounded numbers are."""
     monkeypatch.setattr(screening, "rough_is_faster", lambda rows: True)
     monkeypatch.setattr(screening, "saved_by_int8", lambda rows, numel: 0.0)
-    monkeypatch.setattr(step_products, "packed_is_faster", lambda dtype, rows: True)
+    pack_at_once(monkeypatch)
 
 
 def take(kind: type[RoughScores], monkeypatch: pytest.MonkeyPatch) -> None:

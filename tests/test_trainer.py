@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from decoding import pack_at_once
 from transformers import DataCollatorForSeq2Seq
 
 from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration, step_products
@@ -75,7 +76,7 @@ def test_evaluation_leaves_the_generation_config_alone(make_trainer):
 def test_an_evaluation_packs_its_matrices_once(make_trainer, monkeypatch):
     packings = []
     monkeypatch.setattr(step_products, "can_be_packed", lambda weight: True)
-    monkeypatch.setattr(step_products, "packed_is_faster", lambda dtype, rows: True)
+    pack_at_once(monkeypatch)
     monkeypatch.setattr(step_products, "pack", lambda weight: packings.append(weight) or weight)
     monkeypatch.setattr(step_products, "packed_product", torch.nn.functional.linear)
     counts = []
