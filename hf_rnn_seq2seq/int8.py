@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -177,13 +177,23 @@ class Int8Linear(Int8Matrix):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-# torch's kernels for a sequence, and those that do the same with matrices of eight bits.
-KERNELS = {torch.lstm: torch.quantized_lstm, torch.gru: torch.quantized_gru}
+class Kernel(NamedTuple):
+    """Operators that go through a sequence as one of torch's kernels does, with matrices of eight bits."""
+
+    whole: Callable[..., tuple[torch.Tensor, ...]]  # of rows that are equally long
+    packed: Callable[..., tuple[torch.Tensor, ...]]  # of a `PackedSequence`
+
+
+KERNELS = {
+    torch.lstm: Kernel(torch.ops.aten.quantized_lstm.input, torch.ops.aten.quantized_lstm.data),
+    torch.gru: Kernel(torch.ops.aten.quantized_gru.input, torch.ops.aten.quantized_gru.data),
+}
 
 
 class Int8Cell:
     """
-    What a `KernelLayer` with weights in eight bits does otherwise: its products, and a sequence.
+    What a `KernelLayer` with weights in eight bits does otherwise: its products; and a sequence or a step, where torch
+    has a kernel for them.
 
     `quantize_cell` puts this class before the layer's own.
     """
@@ -191,7 +201,11 @@ class Int8Cell:
     product_ih: Int8Linear
     product_hh: Int8Linear
     num_states: int
+    zoneout: float
     fused: Callable[..., tuple[torch.Tensor, ...]]
+
+    # What the kernel reads, and what it was made of.
+    matrices: tuple[torch.ScriptObject | None, tuple[torch.ScriptObject, ...]] = (None, ())
 
     def _cast(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         return [tensor.to(torch.float32) for tensor in tensors]
@@ -202,45 +216,55 @@ class Int8Cell:
     def cell(self, x: torch.Tensor, state: State, noise: State) -> State:
         return self.update(x, self.product_hh(self.drop(state[0], noise)), state)  # type: ignore[attr-defined]
 
+    def step(self, x: torch.Tensor, state: State, noise: State = ()) -> State:
+        if self.zoneout > 0 or noise or self._kernel(x) is None:
+            return super().step(x, state, noise)  # type: ignore[misc]
+        return self._forward_at_once(x.unsqueeze(1), state, None)[1]
+
     def _forward_at_once(self, x: torch.Tensor, state: State, mask: torch.Tensor | None) -> tuple[torch.Tensor, State]:
-        kernel = KERNELS.get(type(self).fused)
-        if kernel is None or x.numel() == 0 or torch.compiler.is_compiling():
+        kernel = self._kernel(x)
+        if kernel is None:
             return self._forward_by_steps(x, state, mask)  # type: ignore[attr-defined]
         self.product_ih.check(x)
         x, *state_list = self._cast(x, *state)
+        first = [value.unsqueeze(0) for value in state_list]  # [1, B, H] each
+        # Matrices, biases, layers, dropout, training, both directions.
+        arguments = (first if self.num_states > 1 else first[0], [self._matrices()], True, 1, 0.0, False, False)
         if mask is not None and not mask.all():
-            return self._forward_packed(kernel, x, state_list, mask)
-        outputs, *last = kernel(x, *self._kernel_arguments(state_list), True)  # batch first
+            return self._forward_packed(kernel, x, arguments, mask)
+        outputs, *last = kernel.whole(x, *arguments, True)  # batch first
         return outputs, tuple(value.squeeze(0) for value in last)
 
     def _forward_packed(
-        self,
-        kernel: Callable[..., tuple[torch.Tensor, ...]],
-        x: torch.Tensor,
-        state: list[torch.Tensor],
-        mask: torch.Tensor,
+        self, kernel: Kernel, x: torch.Tensor, arguments: tuple[Any, ...], mask: torch.Tensor
     ) -> tuple[torch.Tensor, State]:
         """Of rows of several lengths: tokens moved to the left, and rows in the order of their lengths."""
         places = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True).unsqueeze(2)  # [B, T, 1]
         lengths = mask.sum(1)
         packed = pack_padded_sequence(x.gather(1, places.expand_as(x)), lengths.clamp(min=1), True, False)
-        data, *last = kernel(packed.data, packed.batch_sizes, *self._kernel_arguments(state))
+        data, *last = kernel.packed(packed.data, packed.batch_sizes, *arguments)
         outputs, _ = pad_packed_sequence(packed._replace(data=data), True, total_length=x.size(1))
         outputs = torch.zeros_like(outputs).scatter(1, places.expand_as(outputs), outputs)
         empty = (lengths == 0).unsqueeze(1)
         final = (value.squeeze(0)[packed.unsorted_indices] for value in last)
         return outputs.masked_fill(~mask.unsqueeze(2), 0), tuple(value.masked_fill(empty, 0) for value in final)
 
-    def _kernel_arguments(self, state: list[torch.Tensor]) -> list[Any]:
-        first = [value.unsqueeze(0).contiguous() for value in state]  # [1, B, H] each
+    def _kernel(self, x: torch.Tensor) -> Kernel | None:
+        return None if x.numel() == 0 or torch.compiler.is_compiling() else KERNELS.get(type(self).fused)
+
+    def _matrices(self) -> torch.ScriptObject:
         engine = torch.backends.quantized.engine
-        cell = torch.ops.quantized.make_quantized_cell_params_dynamic(
-            *(product._pack(engine) for product in (self.product_ih, self.product_hh)),
-            *(product.bias for product in (self.product_ih, self.product_hh)),
-            not torch.cpu._is_vnni_supported(),
-        )
-        # has biases, layers, dropout, training, both directions
-        return [first if self.num_states > 1 else first[0], [cell], True, 1, 0.0, False, False]
+        packed = tuple(product._pack(engine) for product in (self.product_ih, self.product_hh))
+        made, source = self.matrices
+        if made is None or any(one is not other for one, other in zip(packed, source, strict=True)):
+            made = torch.ops.quantized.make_quantized_cell_params_dynamic(
+                *packed, self.product_ih.bias, self.product_hh.bias, not torch.cpu._is_vnni_supported()
+            )
+            self.matrices = made, packed
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "matrices": (None, ())}  # type: ignore[dict-item]  # copies make their own
 
 
 def quantize_cell(layer: nn.Module, loaded: bool) -> None:

@@ -165,14 +165,19 @@ def test_kernels_for_sequences_go_like_the_steps(
         nn.init.normal_(parameter, std=0.3)
     quantize(nn.ModuleList([layer]), [], loaded=True)
     layer.eval()
-    calls: list[int] = []
+    calls: list[str] = []
+
+    def counted(name: str, operator: Any) -> Any:
+        return lambda *arguments: (calls.append(name), operator(*arguments))[1]
+
     kernel = int8_module.KERNELS[type(layer).fused]
-    monkeypatch.setitem(int8_module.KERNELS, type(layer).fused, lambda *a: (calls.append(len(a)), kernel(*a))[1])
+    watched = int8_module.Kernel(*(counted(name, operator) for name, operator in kernel._asdict().items()))
+    monkeypatch.setitem(int8_module.KERNELS, type(layer).fused, watched)
     _, mask = ragged_batch(lengths, side)
     x = torch.randn(1, mask.size(1), 12).expand(len(lengths), -1, -1) * mask.unsqueeze(2)
     outputs, final = layer(x, None, mask.bool())
     expected, expected_final = layer._forward_by_steps(x, layer.zero_state(x), mask.bool())
-    assert len(calls) == 1
+    assert calls == ["whole" if mask.all() else "packed"]
     for found, wanted in zip((outputs, *final), (expected, *expected_final), strict=True):
         assert found.shape == wanted.shape
         assert (found - wanted).norm() <= 0.02 * wanted.norm()
@@ -181,7 +186,10 @@ def test_kernels_for_sequences_go_like_the_steps(
     state = tuple(torch.randn_like(value) for value in final)
     outputs, final = layer(x, state)
     torch.testing.assert_close(outputs, layer._forward_by_steps(x, state, None)[0], rtol=0, atol=0.02)
-    assert len(calls) == 2
+    step = layer.step(x[:, 0], state)
+    expected_step = layer._advance(layer.project(x[:, 0]), state, ())
+    assert all((one - other).norm() <= 1e-5 * other.norm() for one, other in zip(step, expected_step, strict=True))
+    assert calls[1:] == ["whole", "whole"]
 
 
 # Models
