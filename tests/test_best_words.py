@@ -39,16 +39,26 @@ def test_by_blocks_as_by_sorting(sources: int, beams: int, blocks: int, tail: in
 
 
 @settings(deadline=None, max_examples=60)
-@given(rows=st.integers(1, 5), vocabulary=st.integers(1, 400), values=st.integers(1, 50), seed=st.integers(0, 2**31))
-def test_best_words_are_the_first_of_the_best(rows: int, vocabulary: int, values: int, seed: int) -> None:
+@given(
+    rows=st.integers(1, 5),
+    vocabulary=st.integers(1, 400),
+    values=st.integers(1, 50),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+def test_best_words_are_the_first_of_the_best(
+    rows: int, vocabulary: int, values: int, dtype: torch.dtype, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.randint(0, values, (rows, vocabulary), generator=generator).float()
+    scores = torch.randint(0, values, (rows, vocabulary), generator=generator).to(dtype)
     scores[scores == 0] = -torch.inf
-    expected = [row.index(max(row)) for row in scores.tolist()]
-    assert best_words(scores).tolist() == expected
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "WORTH_BLOCKS", 0)
-        assert best_words(scores).tolist() == expected
+    for one in (scores, scores.t().contiguous().t(), scores.clone().requires_grad_()):
+        assert best_words(one).tolist() == [row.index(max(row)) for row in scores.tolist()]
+
+
+def test_what_is_not_a_number_is_the_best_as_in_torch() -> None:
+    scores = torch.tensor([[1.0, torch.nan, torch.inf, torch.nan], [torch.inf, 2.0, 3.0, torch.nan]])
+    assert torch.equal(best_words(scores), scores.argmax(1))
 
 
 def test_blocks_are_used_from_a_size_on(monkeypatch: pytest.MonkeyPatch) -> None:
