@@ -3,8 +3,8 @@ transformers' loops of greedy search, sampling and beam search over again, for w
 
 Every choice is made by transformers' own code: its logits processors, its stopping criteria, its helpers of beam
 search. What differs is what a step costs: the decoder is called without the shell around it, sources are read once and
-not once a beam, matrices are brought into the layout that their products want, and rows that have ended are dropped
-from the batch.
+not once a beam, matrices are brought into the layout that their products want, rows that have ended are dropped from
+the batch, and what would change nothing is not called.
 
 Shape letters: B sources, b those that still run, N beams a source, K candidates a source, T tokens so far, V
 vocabulary; rows are b, under beam search b * N.
@@ -131,9 +131,9 @@ BEAM_HELPERS = (
 
 def acts_on_ends_alone(model: GenerationMixin) -> bool:
     """
-    Are a step's N best candidates the next beams, and is all else as before, where none of its K has ended, and no
-    source has all its finished hypotheses? So it is with transformers' helpers; other classes that have helpers say it
-    by `_acts_on_ends_alone`.
+    Where none of a step's K candidates has ended, and no source has all its finished hypotheses: are its N best the
+    next beams, and is all else as before? So it is with transformers' helpers; a class with others says so by
+    `_acts_on_ends_alone`.
     """
     return all(
         cls is GenerationMixin or vars(cls).get("_acts_on_ends_alone", False)
@@ -204,7 +204,7 @@ def search_beams(
     lengths = torch.zeros_like(running_scores, dtype=torch.long)  # tokens behind the prompt in `finished`
     is_finished = torch.zeros_like(running_scores, dtype=torch.bool)
     may_improve = torch.ones(sources, 1, dtype=torch.bool, device=device)
-    open_only = True  # are all hypotheses that may still be finished certain of a place?
+    crowded = False  # has a source that goes on all its finished hypotheses?
     first_rows = beams * torch.arange(sources, device=device)[:, None]
 
     keep_for_steps(input_ids.device)
@@ -233,7 +233,7 @@ def search_beams(
             parents, tokens = chosen // logits.size(1), chosen % logits.size(1)
             top = torch.cat((model._gather_beams(running, parents), tokens[:, :, None]), dim=2)
             hits = ends(top)  # [b, K]
-            if may_skip and open_only and nothing_ends(hits, top_scores, beams):
+            if may_skip and not crowded and nothing_ends(hits, top_scores, beams):
                 running, running_scores, parents = top[:, :beams], top_scores[:, :beams], parents[:, :beams]
                 steps.reorder((parents + first_rows[: len(parents)]).flatten())
                 logits = steps(running[:, :, -1].flatten())
@@ -295,8 +295,8 @@ def search_beams(
                 steps.select(rows.flatten())
             else:
                 steps.reorder(rows.flatten())
-            comes_later = is_finished.all(1) & may_improve[:, 0]
-            open_only = not (comes_later | (finished_scores < NEVER).any(1)).any()
+            # (A hypothesis without any probability, too, may have to give way to one that has not ended.)
+            crowded = bool(((is_finished.all(1) & may_improve[:, 0]) | (finished_scores < NEVER).any(1)).any())
             logits = steps(running[:, :, -1].flatten())
     ended.add(torch.ones_like(done), best(finished, lengths))
     return cast(torch.LongTensor, ended.all_sequences(fill).flatten(0, 1))

@@ -82,7 +82,8 @@ class Int8Product:
 
 def packed_is_faster(dtype: torch.dtype, rows: int) -> bool:
     """Whether products of so many rows are to be made by `packed_product`."""
-    return _gain(_measured(rows), dtype, True, dtype, False, torch.get_num_threads()) > 1 / LEAST_GAIN
+    plain, packed, _ = _packing(dtype, _measured(rows), torch.get_num_threads())
+    return plain / packed > 1 / LEAST_GAIN
 
 
 def packing_repaid(dtype: torch.dtype, rows: int) -> float:
@@ -94,8 +95,9 @@ def packing_repaid(dtype: torch.dtype, rows: int) -> float:
 def rough_is_faster(rows: int) -> bool:
     """Whether products of so many rows take less time in bfloat16 than in float32, each made as fast as it can be."""
     rows, threads = _measured(rows), torch.get_num_threads()
-    gain = _gain(rows, torch.bfloat16, True, torch.float32, True, threads)
-    return gain > LEAST_GAIN and gain * _gain(rows, torch.float32, True, torch.float32, False, threads) > LEAST_GAIN
+    plain, packed, _ = _packing(torch.float32, rows, threads)
+    gain = _rough_gain(rows, threads)
+    return gain > LEAST_GAIN and gain * plain / packed > LEAST_GAIN
 
 
 def saved_by_int8(rows: int, numel: int) -> float:
@@ -113,28 +115,26 @@ def _measured(rows: int) -> int:
 
 
 @functools.cache
-def _gain(
-    rows: int, dtype: torch.dtype, packed: bool, other_dtype: torch.dtype, other_packed: bool, threads: int
-) -> float:
-    """How many times as fast one way to make a product is as another. Measured once a process."""
-
-    def product(dtype: torch.dtype, packed: bool) -> Callable[[], torch.Tensor]:
-        x, weight = (torch.ones(shape, dtype=dtype, device="cpu") for shape in ((rows, MEASURED[1]), MEASURED))
-        if not (packed and can_be_packed(weight)):
-            return lambda: F.linear(x, weight)
-        matrix = pack(weight)
-        return lambda: packed_product(x, matrix)
-
-    one, other = fastest_seconds(product(dtype, packed), product(other_dtype, other_packed))
-    return other / one
-
-
-@functools.cache
 def _packing(dtype: torch.dtype, rows: int, threads: int) -> list[float]:
     """Seconds of a product with a matrix as it is, with a packed one, and of packing it. Measured once a process."""
     x, weight = (torch.ones(shape, dtype=dtype, device="cpu") for shape in ((rows, MEASURED[1]), MEASURED))
     packed = pack(weight)
     return fastest_seconds(lambda: F.linear(x, weight), lambda: packed_product(x, packed), lambda: pack(weight))
+
+
+@functools.cache
+def _rough_gain(rows: int, threads: int) -> float:
+    """How many times as fast packed products are in bfloat16 as in float32. Measured once a process."""
+
+    def product(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        x, weight = (torch.ones(shape, dtype=dtype, device="cpu") for shape in ((rows, MEASURED[1]), MEASURED))
+        if not can_be_packed(weight):
+            return lambda: F.linear(x, weight)
+        packed = pack(weight)
+        return lambda: packed_product(x, packed)
+
+    rough, exact = fastest_seconds(product(torch.bfloat16), product(torch.float32))
+    return exact / rough
 
 
 @functools.cache

@@ -22,23 +22,35 @@ from hf_rnn_seq2seq.packed_products import (
 WIDE, NARROW = torch.float32, torch.bfloat16
 
 
+Gains = dict[tuple[int, torch.dtype, torch.dtype], float]
+
+
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[tuple[int, torch.dtype, torch.dtype], float]]:
-    """The gains of the first contestant by rows and both types, 1 by default. Packed and plain differ in nothing."""
-    gains: dict[tuple[int, torch.dtype, torch.dtype], float] = {}
+def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gains]:
+    """
+    How many times as fast a packed product is, by rows, its type and its rival's, 1 by default: as a plain one of the
+    same type, or as a packed one of another. To pack takes as long as 8 packed products.
+    """
+    gains: Gains = {}
 
     def fastest(*contestants: object) -> list[float]:
-        one, other = (contestant() for contestant in contestants)  # type: ignore[operator]
+        one, other, *packing = (contestant() for contestant in contestants)  # type: ignore[operator]
         assert one.shape == other.shape == (len(one), packed_products.MEASURED[0])
-        return [1.0, gains.setdefault((len(one), one.dtype, other.dtype), 1.0)]
+        gain = gains.setdefault((len(one), one.dtype, other.dtype), 1.0)
+        return [gain, 1.0, 8.0] if packing else [1.0, gain]
 
     monkeypatch.setattr(packed_products, "fastest_seconds", fastest)
-    packed_products._gain.cache_clear()
+    forget()
     yield gains
-    packed_products._gain.cache_clear()
+    forget()
 
 
-def test_rows_are_measured_once_by_powers_of_two(measured: dict[tuple[int, torch.dtype, torch.dtype], float]) -> None:
+def forget() -> None:
+    for measurement in (packed_products._rough_gain, packed_products._packing):
+        measurement.cache_clear()
+
+
+def test_rows_are_measured_once_by_powers_of_two(measured: Gains) -> None:
     for rows in (1, 2, 3, 4, 17, 32, 33, 64, 65, 1000, 1):
         assert packed_is_faster(WIDE, rows)
     assert list(measured) == [(rows, WIDE, WIDE) for rows in (1, 2, 4, 32, 64)]
@@ -46,11 +58,11 @@ def test_rows_are_measured_once_by_powers_of_two(measured: dict[tuple[int, torch
     assert list(measured)[-1] == (1, NARROW, NARROW)
 
 
-def test_only_a_plain_product_that_is_clearly_faster_is_taken(
-    measured: dict[tuple[int, torch.dtype, torch.dtype], float],
-) -> None:
+def test_only_a_plain_product_that_is_clearly_faster_is_taken(measured: Gains) -> None:
+    """And what of packing a product repays."""
     measured |= {(1, WIDE, WIDE): 0.5, (2, WIDE, WIDE): 0.95, (4, WIDE, WIDE): 3.0}
     assert [packed_is_faster(WIDE, rows) for rows in (1, 2, 4)] == [False, True, True]
+    assert [packing_repaid(WIDE, rows) for rows in (1, 2, 3)] == [0.0, 0.0, 2 / 8]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +70,7 @@ def test_only_a_plain_product_that_is_clearly_faster_is_taken(
     [(1.5, 1.0, True), (1.1, 3.0, False), (0.6, 1.0, False), (1.5, 0.6, False), (3.0, 0.6, True)],
 )
 def test_rough_products_have_to_beat_both_exact_ones(
-    measured: dict[tuple[int, torch.dtype, torch.dtype], float], of_narrow: float, of_packed: float, expected: bool
+    measured: Gains, of_narrow: float, of_packed: float, expected: bool
 ) -> None:
     measured |= {(8, NARROW, WIDE): of_narrow, (8, WIDE, WIDE): of_packed}
     assert rough_is_faster(8) == expected
@@ -66,33 +78,11 @@ def test_rough_products_have_to_beat_both_exact_ones(
 
 @pytest.mark.parametrize("rows", [1, 5, 100])
 def test_both_kinds_are_measured_for_real(rows: int) -> None:
-    packed_products._gain.cache_clear()
+    forget()
     assert packed_is_faster(WIDE, rows) in (True, False)
+    assert 0 <= packing_repaid(WIDE, rows) < 100
     assert rough_is_faster(rows) in (True, False)
-    assert packed_products._gain.cache_info().currsize >= 2
-
-
-def test_what_of_packing_a_product_repays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Is measured once for some rows and a type; a slower product repays nothing."""
-    calls: list[tuple[int, torch.dtype]] = []
-
-    def fastest(*contestants: object) -> list[float]:
-        plain, packed, matrix = (contestant() for contestant in contestants)  # type: ignore[operator]
-        assert torch.equal(plain, packed)
-        assert matrix.numel() == math.prod(packed_products.MEASURED)
-        calls.append((len(plain), plain.dtype))
-        return [3.0, 2.0 if len(plain) == 4 else 5.0, 8.0]
-
-    packed_products._packing.cache_clear()
-    monkeypatch.setattr(packed_products, "fastest_seconds", fastest)
-    try:
-        assert packing_repaid(WIDE, 3) == packing_repaid(WIDE, 4) == 1 / 8
-        assert packing_repaid(WIDE, 1) == 0
-        assert calls == [(4, WIDE), (1, WIDE)]
-    finally:
-        packed_products._packing.cache_clear()
-    monkeypatch.undo()
-    assert 0 <= packing_repaid(WIDE, 8) < 100
+    assert packed_products._packing.cache_info().currsize == packed_products._rough_gain.cache_info().currsize == 1
 
 
 @needs_int8
