@@ -190,6 +190,12 @@ def test_kernels_for_sequences_go_like_the_steps(
     expected_step = layer._advance(layer.project(x[:, 0]), state, ())
     assert all((one - other).norm() <= 1e-5 * other.norm() for one, other in zip(step, expected_step, strict=True))
     assert calls[1:] == ["whole", "whole"]
+    again = copy.deepcopy(layer)
+    assert torch.equal(again.step(x[:, 0], state)[0], step[0])
+    with torch.no_grad():
+        again.product_hh.weight_scale = nn.Parameter(2 * again.product_hh.weight_scale, requires_grad=False)
+    assert not torch.equal(again.step(x[:, 0], state)[0], step[0])
+    assert torch.equal(layer.step(x[:, 0], state)[0], step[0])
 
 
 # Models
