@@ -24,10 +24,11 @@ from .host_memory import keep_for_training
 from .matmul_precision import CHOICES, MatmulPrecision
 from .model_card import ARGUMENTS_NAME, attention_plot, write_model_card
 from .moving_average import TRAINING_WEIGHTS_NAME, MovingAverage, load_training_weights, save_training_weights
+from .objective_arguments import ObjectiveArguments
 from .optimization import OptimizationArguments, OptimizationTrainer
 from .sharding import own_class, shard_tables_for
 from .step_products import packed_weights
-from .training_objective import ObjectiveArguments, ObjectiveTrainer
+from .training_objective import ObjectiveTrainer
 from .training_time import TrainingTime
 
 # Ends of metric names of which less is better.

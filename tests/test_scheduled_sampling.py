@@ -13,9 +13,9 @@ from tiny_trainer import make_arguments, make_trainer
 from transformers import default_data_collator
 
 from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration
+from hf_rnn_seq2seq.objective_arguments import sampling_probability
 from hf_rnn_seq2seq.scheduled_sampling import OwnInputs, ScheduledSampling
 from hf_rnn_seq2seq.trainer import RnnSeq2SeqTrainer
-from hf_rnn_seq2seq.training_objective import sampling_probability
 
 LENGTHS = [5, 2, 4]
 LABELS = torch.tensor([[4, 5, 6, 7, 2], [8, 2, -100, -100, -100], [9, 9, 3, 2, -100]])

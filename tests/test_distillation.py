@@ -1,0 +1,157 @@
+"""Knowledge distillation: the loss by its definition, what it does to a student, and teachers that don't fit."""
+
+import copy
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from models import tiny_model
+from test_training_objective import NO_DROPOUT, make_trainer
+
+from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration
+from hf_rnn_seq2seq.distillation import Teacher, distillation_loss
+from hf_rnn_seq2seq.tokenizer_training import train_tokenizer
+from hf_rnn_seq2seq.trainer import RnnSeq2SeqTrainer
+
+LABELS = torch.tensor([[4, 5, -100], [7, -100, -100], [8, 9, 3]])
+SIZES = {"vocab_size": 13, "embedding_size": 8, "hidden_size": 16, "dropout": 0, "embedding_dropout": 0}
+
+
+def scores_of(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (3 * torch.randn(3, 3, 10, dtype=torch.float64, generator=generator)).requires_grad_()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5, 0.5])
+@pytest.mark.parametrize("number", [None, 40])
+def test_the_loss_by_its_definition(temperature: float, number: int | None) -> None:
+    student, teacher = scores_of(0), scores_of(1).detach()
+    teacher[0, 1, 4:] = -torch.inf  # words without any probability
+    plain = torch.zeros((), dtype=torch.float64)
+    for b, t in (LABELS != -100).nonzero().tolist():
+        p, q = ((each[b, t] / temperature).softmax(-1) for each in (student, teacher))
+        for word in range(10):
+            if q[word] > 0:
+                plain = plain + temperature**2 * q[word] * (q[word] / p[word]).log()
+    expected = plain / (number or 6)
+    found = distillation_loss(student.log_softmax(-1), teacher.log_softmax(-1), LABELS, temperature, number)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    gradients = [torch.autograd.grad(one, student)[0] for one in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+    assert (gradients[0][LABELS == -100] == 0).all()
+
+
+def test_nothing_is_lost_on_a_student_that_knows_all() -> None:
+    scores = scores_of(0)
+    loss = distillation_loss(scores.log_softmax(-1), scores.log_softmax(-1), LABELS, 2.0)
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+    assert torch.autograd.grad(loss, scores)[0].abs().max() < 1e-12
+
+
+def teacher_folder(folder: Path, seed: int = 1, **setting: Any) -> str:
+    """A model whose words have clearly different probabilities."""
+    torch.manual_seed(seed)
+    model = RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqConfig(**{**SIZES, **setting}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def distance(trainer: RnnSeq2SeqTrainer, teacher: Teacher) -> float:
+    rows = Dataset.from_list(list(trainer.train_dataset)).remove_columns("alignments")
+    batch = {name: torch.tensor(rows[name]) for name in rows.column_names}
+    with torch.no_grad():
+        log_p = trainer.model.eval()(**batch).logits.log_softmax(-1)
+    return float(distillation_loss(log_p, teacher(batch), batch["labels"]))
+
+
+def test_a_student_comes_near_its_teachers(tmp_path: Path) -> None:
+    """From the step on at which distillation begins the loss is the sum of both; teachers stay as they are."""
+    names = [teacher_folder(tmp_path / f"teacher {seed}", seed) for seed in (1, 2)]
+    distances = []
+    for weight in (0.0, 4.0):
+        options = {"distillation_teachers": names, "distillation_start": 4} if weight else {}
+        trainer = make_trainer(tmp_path / str(weight), distillation_weight=weight, max_steps=40, **options)
+        if weight:
+            before = copy.deepcopy(trainer._teacher.model.state_dict())
+        trainer.train()
+        log = trainer.state.log_history
+        assert ["distillation_loss" in entry for entry in log[:2]] == [False, weight > 0]
+        for entry in log[1:-1] if weight else []:
+            total = entry["token_loss"] + weight * entry["distillation_loss"]
+            assert entry["loss"] == pytest.approx(total, abs=1e-4)
+        distances.append(distance(trainer, Teacher(names, trainer.model, None)))
+    assert distances[1] < 0.5 * distances[0]
+    after = trainer._teacher.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not trainer._teacher.model.training
+    assert len(list(trainer.model.parameters())) == sum(
+        len(group["params"]) for group in trainer.optimizer.param_groups
+    )
+
+
+def test_temperature_and_two_passes(tmp_path: Path) -> None:
+    """R-Drop's two passes, without dropout, leave the loss as it is; the temperature does not."""
+    name = teacher_folder(tmp_path / "teacher")
+    logs = []
+    for number, options in enumerate(({}, {"r_drop_weight": 2.0}, {"distillation_temperature": 3.0})):
+        settings = {"distillation_weight": 1.5, "distillation_teachers": [name], "output_dropout": NO_DROPOUT}
+        trainer = make_trainer(tmp_path / str(number), max_steps=2, logging_steps=1, **settings, **options)
+        trainer.train()
+        logs.append([(entry["loss"], entry["distillation_loss"]) for entry in trainer.state.log_history[:2]])
+    for once, twice in zip(logs[0], logs[1], strict=True):
+        assert twice == pytest.approx(once, rel=1e-4)
+    assert logs[2][0][1] != pytest.approx(logs[0][0][1], rel=0.05)
+
+
+def test_several_teachers_are_averaged(tmp_path: Path) -> None:
+    names = [teacher_folder(tmp_path / str(seed), seed) for seed in (1, 2)]
+    student = tiny_model(**SIZES)
+    inputs = {
+        "input_ids": torch.tensor([[4, 5, 6], [7, 8, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+        "labels": torch.tensor([[4, 5, 2], [6, 2, -100]]),
+        "something_else": torch.tensor([1, 2]),
+    }
+    both, *each = (Teacher(some, student, None)(inputs).exp() for some in (names, names[:1], names[1:]))
+    assert both.shape == (2, 3, 13)
+    assert not both.requires_grad
+    torch.testing.assert_close(both, (each[0] + each[1]) / 2)
+
+
+def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
+    fits = teacher_folder(tmp_path / "fits")
+    other = teacher_folder(tmp_path / "other", vocab_size=17)
+    student = tiny_model(**SIZES)
+    said = f"distillation_teachers: {other} does not fit the model. "
+    with pytest.raises(ValueError, match=re.escape(said) + ".*`vocab_size`, got 13, 17"):
+        Teacher([other], student, None)
+    with pytest.raises(ValueError, match="distillation_weight: with output_normalizer='sparsemax'"):
+        Teacher([fits], tiny_model(output_normalizer="sparsemax", **SIZES), None)
+    tokenizers = [train_tokenizer([letters], "char") for letters in ("abcdefgh", "abcdefgi")]
+    tokenizers[0].save_pretrained(fits)
+    Teacher([fits], student, tokenizers[0])
+    with pytest.raises(ValueError, match=re.escape(f"{fits} has another vocabulary")):
+        Teacher([fits], student, tokenizers[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"distillation_weight": 1.0}, "distillation_teachers=None: must be at least one model"),
+        ({"distillation_teachers": ["x"]}, "distillation_teachers=['x']: must be left out without"),
+        ({"distillation_weight": math.nan}, "distillation_weight=nan: must be a number of at least 0"),
+        ({"distillation_temperature": 0.0}, "distillation_temperature=0.0: must be above 0"),
+        ({"distillation_start": -1}, "distillation_start=-1: must be a number of updates"),
+    ],
+    ids=str,
+)
+def test_refusals(tmp_path: Path, arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        make_trainer(tmp_path, **arguments)
