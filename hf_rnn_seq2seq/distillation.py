@@ -12,13 +12,15 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .ensemble import RnnSeq2SeqEnsemble, check_members
-from .losses import IGNORED, reduce_loss
+from .losses import IGNORED, entropy, reduce_loss
+from .normalizers import NORMALIZERS
 
 
 def distillation_loss(
-    log_p: torch.Tensor,
+    scores: torch.Tensor,
     log_q: torch.Tensor,
     labels: torch.Tensor,
+    normalizer: str = "softmax",
     temperature: float = 1.0,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
@@ -26,26 +28,31 @@ def distillation_loss(
     How far the model is from its teacher after the same prefix (Hinton et al. 2015, section 2; word by word for
     sequences Kim & Rush 2016, section 3.1):
 
-        tau^2 KL(q' || p') = tau^2 sum_w q'(w) (log q'(w) - log p'(w)),  p' = p^(1 / tau) / Z, q' likewise
+        tau^2 ((p - q)^T z / tau + H(p) - H(q)),  p = softmax(z / tau),  q = softmax((log q) / tau)
 
-    That is their cross entropy but for the teacher's entropy, which no gradient comes from; tau^2 keeps gradients as
-    large as they are at tau = 1.
+    which is tau^2 KL(q || p), their cross entropy but for the teacher's entropy, which no gradient comes from. tau^2
+    keeps gradients, tau (p - q), as large as they are at tau = 1. With sparsemax or entmax15 for the softmax, and its
+    own H, it is the Fenchel-Young loss with q for the label (Blondel et al. 2020, definition 2).
 
     Args:
-        log_p: the model's log-probabilities [B, T, W].
-        log_q: the teacher's, [B, T, W]; no gradient goes into them.
+        scores: z, [B, T, W].
+        log_q: the teacher's log-probabilities, [B, T, W]; no gradient goes into them.
         labels: [B, T]; positions of -100 have no loss.
+        normalizer: what makes probabilities of the model's scores, a key of `NORMALIZERS`.
         temperature: tau.
         num_items_in_batch: the loss is the mean over the labels, or if this is given the sum divided by it.
     """
-    labelled = labels.to(log_p.device) != IGNORED
-    dtype = torch.promote_types(log_p.dtype, torch.float32)
-    log_p, log_q = (
-        torch.log_softmax(each[labelled].to(dtype) / temperature, dim=-1) for each in (log_p, log_q.detach())
+    labelled = labels.to(scores.device) != IGNORED
+    z, log_q = (
+        each[labelled].to(torch.promote_types(each.dtype, torch.float32)) / temperature
+        for each in (scores, log_q.detach())
     )  # [N, W]
-    q = log_q.exp()
-    # A word without any probability has no part in it, as q log q = 0.
-    losses = temperature**2 * (torch.xlogy(q, q) - (q * log_p).masked_fill(q == 0, 0)).sum(-1)
+    z = z - z.amax(-1, keepdim=True).detach()  # p - q sums to zero, so that this changes nothing
+    with torch.no_grad():  # p maximises p^T z + H(p): no gradient comes through it
+        p, q = NORMALIZERS[normalizer](z, None), torch.softmax(log_q, dim=-1)
+        entropies = entropy(p, normalizer) - entropy(q, normalizer)
+    # A word that neither gives any probability has no part in it, whatever its score.
+    losses = temperature**2 * (((p - q) * z.masked_fill((p == 0) & (q == 0), 0)).sum(-1) + entropies)
     return reduce_loss(losses, torch.ones_like(losses, dtype=torch.bool), num_items_in_batch)
 
 
@@ -66,12 +73,6 @@ class Teacher:
     def __init__(
         self, names: Sequence[str], student: PreTrainedModel, tokenizer: Any, device: torch.device | str = "cpu"
     ):
-        normalizer = getattr(student.config, "output_normalizer", "softmax")
-        if normalizer != "softmax":
-            raise ValueError(
-                f"distillation_weight: with output_normalizer={normalizer!r} words have no probability at all, for "
-                "which the divergence is infinite; it is for 'softmax'."
-            )
         self.model: Any = RnnSeq2SeqEnsemble.from_pretrained(list(names)).eval().requires_grad_(False)
         self.model.to(student.device)
         for name, member in zip(names, self.model.members, strict=True):

@@ -19,11 +19,13 @@ from .normalizers import NORMALIZERS
 IGNORED = -100
 
 
-def _tsallis_entropy(weights: torch.Tensor, normalizer: str) -> torch.Tensor:
+def entropy(weights: torch.Tensor, normalizer: str) -> torch.Tensor:
     """
     H(p) = sum_i (p_i - p_i^alpha) / (alpha (alpha - 1)), Tsallis entropy (Peters et al. 2019, section 3): alpha is 2
-    for sparsemax, 1.5 for entmax15. [N, V] -> [N].
+    for sparsemax, 1.5 for entmax15, and for softmax 1, with -sum_i p_i log p_i for a limit. [N, V] -> [N].
     """
+    if normalizer == "softmax":
+        return -torch.xlogy(weights, weights).sum(-1)
     if normalizer == "sparsemax":
         return (weights * (1 - weights)).sum(-1) / 2
     return (weights * (1 - weights.sqrt())).sum(-1) / 0.75
@@ -39,7 +41,7 @@ def fenchel_young_losses(
     # p - e_y sums to zero, so that a shift of z changes nothing, and keeps the products of large scores exact.
     z = scores - scores.amax(-1, keepdim=True)
     expected = (weights * z).sum(-1) - z.gather(-1, gold.unsqueeze(-1)).squeeze(-1)
-    return (expected + _tsallis_entropy(weights, normalizer)).clamp(min=0)  # below zero by rounding only
+    return (expected + entropy(weights, normalizer)).clamp(min=0)  # below zero by rounding only
 
 
 class _FenchelYoungLoss(torch.autograd.Function):

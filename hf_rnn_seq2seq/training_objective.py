@@ -28,8 +28,9 @@ from .training_losses import (
     unlikelihood_loss,
 )
 
-# Those that are made of the model's logits.
-READ_LOGITS = frozenset({"transition_penalty", "unlikelihood_loss", "r_drop_loss", "distillation_loss"})
+# Losses that are made of the model's logits.
+READ_SCORES = frozenset({"r_drop_loss", "distillation_loss"})  # what logits are made of
+READ_LOGITS = READ_SCORES | {"transition_penalty", "unlikelihood_loss"}
 
 
 class ObjectiveTrainer(Seq2SeqTrainer):
@@ -147,8 +148,8 @@ class ObjectiveTrainer(Seq2SeqTrainer):
             inputs = {name: torch.cat((it, it)) if torch.is_tensor(it) else it for name, it in inputs.items()}
             alignments, taught = (None if it is None else torch.cat((it, it)) for it in (alignments, taught))
             number = None if number is None else 2 * number
-            if "output_scores" in signature(self.model.forward).parameters:
-                options["output_scores"] = True
+        if READ_SCORES.intersection(weights) and "output_scores" in signature(self.model.forward).parameters:
+            options["output_scores"] = True
         with self._without_coverage_loss():
             loss, outputs = super().compute_loss(model, {**inputs, **options}, True, number)
         if weights:
@@ -202,19 +203,22 @@ class ObjectiveTrainer(Seq2SeqTrainer):
                 )
             attention = outputs.cross_attentions[0]
             found["guided_alignment_loss"] = guided_alignment_loss(attention, alignments, labels, num_items_in_batch)
-        if weights.keys() & {"transition_penalty", "unlikelihood_loss", "distillation_loss"}:
+        if "transition_penalty" in weights or "unlikelihood_loss" in weights:
             log_p = output_log_probabilities(outputs.logits, config)
         if "transition_penalty" in weights:
             found["transition_penalty"] = self._bigram_model(args).penalty(log_p, labels, num_items_in_batch)
         if "unlikelihood_loss" in weights:
             found["unlikelihood_loss"] = unlikelihood_loss(log_p, labels, num_items_in_batch)
-        if "r_drop_loss" in weights:
+        if READ_SCORES.intersection(weights):
             scores = outputs.scores if "scores" in outputs else outputs.logits
             normalizer = getattr(config, "output_normalizer", "softmax")
+        if "r_drop_loss" in weights:
             found["r_drop_loss"] = r_drop_loss(scores, labels, normalizer, num_items_in_batch)
         if taught is not None:
             temperature = args.distillation_temperature
-            found["distillation_loss"] = distillation_loss(log_p, taught, labels, temperature, num_items_in_batch)
+            found["distillation_loss"] = distillation_loss(
+                scores, taught, labels, normalizer, temperature, num_items_in_batch
+            )
         if "risk" in weights:
             assert self._costs is not None
             risk = MinimumRisk(

@@ -14,6 +14,8 @@ from test_training_objective import NO_DROPOUT, make_trainer
 
 from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration
 from hf_rnn_seq2seq.distillation import Teacher, distillation_loss
+from hf_rnn_seq2seq.losses import token_loss
+from hf_rnn_seq2seq.normalizers import NORMALIZERS
 from hf_rnn_seq2seq.tokenizer_training import train_tokenizer
 from hf_rnn_seq2seq.trainer import RnnSeq2SeqTrainer
 
@@ -38,18 +40,38 @@ def test_the_loss_by_its_definition(temperature: float, number: int | None) -> N
             if q[word] > 0:
                 plain = plain + temperature**2 * q[word] * (q[word] / p[word]).log()
     expected = plain / (number or 6)
-    found = distillation_loss(student.log_softmax(-1), teacher.log_softmax(-1), LABELS, temperature, number)
+    found = distillation_loss(student, teacher.log_softmax(-1), LABELS, "softmax", temperature, number)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     gradients = [torch.autograd.grad(one, student)[0] for one in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
     assert (gradients[0][LABELS == -100] == 0).all()
 
 
-def test_nothing_is_lost_on_a_student_that_knows_all() -> None:
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_of_a_gold_word_it_is_the_models_own_loss(normalizer: str) -> None:
+    scores, gold = scores_of(0), LABELS.clamp(min=0)
+    log_q = torch.full_like(scores, -torch.inf).scatter(2, gold.unsqueeze(2), 0.0)
+    own = token_loss(scores.flatten(0, 1), LABELS.flatten(), normalizer)
+    found = distillation_loss(scores, log_q, LABELS, normalizer)
+    torch.testing.assert_close(found, own.double(), rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad(one, scores)[0] for one in (found, own)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_nothing_is_lost_on_a_student_that_knows_all(normalizer: str, temperature: float) -> None:
+    """And its gradient is that of the loss, by finite differences."""
     scores = scores_of(0)
-    loss = distillation_loss(scores.log_softmax(-1), scores.log_softmax(-1), LABELS, 2.0)
+    p = NORMALIZERS[normalizer](scores.detach() / temperature, None)
+    log_q = p.log() * temperature
+    loss = distillation_loss(scores, log_q, LABELS, normalizer, temperature)
     assert loss.item() == pytest.approx(0, abs=1e-12)
     assert torch.autograd.grad(loss, scores)[0].abs().max() < 1e-12
+    other = scores_of(1).log_softmax(-1)
+    assert torch.autograd.gradcheck(
+        lambda z: distillation_loss(z, other, LABELS, normalizer, temperature), scores, atol=1e-4
+    )
 
 
 def teacher_folder(folder: Path, seed: int = 1, **setting: Any) -> str:
@@ -67,17 +89,18 @@ def distance(trainer: RnnSeq2SeqTrainer, teacher: Teacher) -> float:
     rows = Dataset.from_list(list(trainer.train_dataset)).remove_columns("alignments")
     batch = {name: torch.tensor(rows[name]) for name in rows.column_names}
     with torch.no_grad():
-        log_p = trainer.model.eval()(**batch).logits.log_softmax(-1)
-    return float(distillation_loss(log_p, teacher(batch), batch["labels"]))
+        scores = trainer.model.eval()(**batch, output_scores=True).scores
+    return float(distillation_loss(scores, teacher(batch), batch["labels"], trainer.model.config.output_normalizer))
 
 
-def test_a_student_comes_near_its_teachers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", [{}, {"output_normalizer": "sparsemax"}, {"head_type": "pointer_generator"}], ids=str)
+def test_a_student_comes_near_its_teachers(tmp_path: Path, head: dict[str, str]) -> None:
     """From the step on at which distillation begins the loss is the sum of both; teachers stay as they are."""
-    names = [teacher_folder(tmp_path / f"teacher {seed}", seed) for seed in (1, 2)]
+    names = [teacher_folder(tmp_path / f"teacher {seed}", seed, **head) for seed in (1, 2)]
     distances = []
     for weight in (0.0, 4.0):
         options = {"distillation_teachers": names, "distillation_start": 4} if weight else {}
-        trainer = make_trainer(tmp_path / str(weight), distillation_weight=weight, max_steps=40, **options)
+        trainer = make_trainer(tmp_path / str(weight), distillation_weight=weight, max_steps=40, **options, **head)
         if weight:
             before = copy.deepcopy(trainer._teacher.model.state_dict())
         trainer.train()
@@ -132,8 +155,6 @@ def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
     said = f"distillation_teachers: {other} does not fit the model. "
     with pytest.raises(ValueError, match=re.escape(said) + ".*`vocab_size`, got 13, 17"):
         Teacher([other], student, None)
-    with pytest.raises(ValueError, match="distillation_weight: with output_normalizer='sparsemax'"):
-        Teacher([fits], tiny_model(output_normalizer="sparsemax", **SIZES), None)
     tokenizers = [train_tokenizer([letters], "char") for letters in ("abcdefgh", "abcdefgi")]
     tokenizers[0].save_pretrained(fits)
     Teacher([fits], student, tokenizers[0])
