@@ -6,62 +6,36 @@ Shape letters: B rows of the batch, b those that still run, T tokens so far.
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
-from transformers.generation import (
-    EosTokenCriteria,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    ExponentialDecayLengthPenalty,
-    ForcedBOSTokenLogitsProcessor,
-    ForcedEOSTokenLogitsProcessor,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    LogitsProcessorList,
-    MaxLengthCriteria,
-    MaxTimeCriteria,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    StoppingCriteriaList,
-    SuppressTokensAtBeginLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers import GenerationConfig, generation
+from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
 # Those whose answer for a row depends on nothing but this row, so that other rows may be missing. (By their types:
 # a subclass may do anything.)
 ROW_WISE_PROCESSORS: frozenset[type] = frozenset(
     {
-        EpsilonLogitsWarper,
-        EtaLogitsWarper,
-        ExponentialDecayLengthPenalty,
-        ForcedBOSTokenLogitsProcessor,
-        ForcedEOSTokenLogitsProcessor,
-        InfNanRemoveLogitsProcessor,
-        LogitNormalization,
-        MinLengthLogitsProcessor,
-        MinNewTokensLengthLogitsProcessor,
-        MinPLogitsWarper,
-        NoBadWordsLogitsProcessor,
-        NoRepeatNGramLogitsProcessor,
-        RepetitionPenaltyLogitsProcessor,
-        SequenceBiasLogitsProcessor,
-        SuppressTokensAtBeginLogitsProcessor,
-        SuppressTokensLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-        TypicalLogitsWarper,
+        generation.EpsilonLogitsWarper,
+        generation.EtaLogitsWarper,
+        generation.ExponentialDecayLengthPenalty,
+        generation.ForcedBOSTokenLogitsProcessor,
+        generation.ForcedEOSTokenLogitsProcessor,
+        generation.InfNanRemoveLogitsProcessor,
+        generation.LogitNormalization,
+        generation.MinLengthLogitsProcessor,
+        generation.MinNewTokensLengthLogitsProcessor,
+        generation.MinPLogitsWarper,
+        generation.NoBadWordsLogitsProcessor,
+        generation.NoRepeatNGramLogitsProcessor,
+        generation.RepetitionPenaltyLogitsProcessor,
+        generation.SequenceBiasLogitsProcessor,
+        generation.SuppressTokensAtBeginLogitsProcessor,
+        generation.SuppressTokensLogitsProcessor,
+        generation.TemperatureLogitsWarper,
+        generation.TopKLogitsWarper,
+        generation.TopPLogitsWarper,
+        generation.TypicalLogitsWarper,
     }
 )
-ROW_WISE_CRITERIA: frozenset[type] = frozenset({EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria})
+ROW_WISE_CRITERIA: frozenset[type] = frozenset({EosTokenCriteria, MaxLengthCriteria, generation.MaxTimeCriteria})
 
 # Rows are dropped when this part of them has ended. Copying those that stay costs less than this part of a step.
 DROPPED_PART = 1 / 8

@@ -198,9 +198,9 @@ def search_beams(
 
     running = prompt[:, None].expand(-1, beams, -1)  # sequences, [b, N, T]
     running_scores = torch.zeros(sources, beams, device=device)
-    running_scores[:, 1:] = -1e9  # all beams are the same at first
+    running_scores[:, 1:] = NEVER  # all beams are the same at first
     finished = running
-    finished_scores = torch.full_like(running_scores, -1e9)
+    finished_scores = torch.full_like(running_scores, NEVER)
     lengths = torch.zeros_like(running_scores, dtype=torch.long)  # tokens behind the prompt in `finished`
     is_finished = torch.zeros_like(running_scores, dtype=torch.bool)
     may_improve = torch.ones(sources, 1, dtype=torch.bool, device=device)

@@ -20,7 +20,7 @@ from hf_rnn_seq2seq import RnnSeq2SeqEnsemble, RnnSeq2SeqForConditionalGeneratio
 from hf_rnn_seq2seq.decoding_steps import DecodingSteps
 from hf_rnn_seq2seq.ended_rows import DROPPED_PART
 from hf_rnn_seq2seq.modeling_rnn_seq2seq import RnnSeq2SeqLMOutput
-from hf_rnn_seq2seq.packed_products import PACKED_SIZE, pack
+from hf_rnn_seq2seq.packed_products import PACKED_SIZE
 from hf_rnn_seq2seq.step_products import StepLinear, packed_weights, shared_by_steps
 
 LENGTHS = [5, 1, 3, 7, 2, 6, 4, 1]
@@ -436,14 +436,8 @@ def test_packed_for_many_calls() -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(scale)
-        packings: list[torch.Tensor] = []
-
-        def count(weight: torch.Tensor, packings: list[torch.Tensor] = packings) -> torch.Tensor:
-            packings.append(weight)
-            return pack(weight)
-
         with model.packed(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(step_products, "pack", count)
+            packings = count_packings(patch)
             for options in ({}, {"num_beams": 2}, {}):
                 ours, theirs = both(model, batch, **options)
                 assert torch.equal(ours, theirs)
