@@ -3,8 +3,9 @@ Export of a trained model: ONNX files that run without torch.
 
     export_onnx(model, "outputs/mine_onnx", tokenizer=tokenizer)
 
-Two graphs, because decoding is a loop around the second: the encoder with the decoder's first state, and one decoder
-step. Batch size, source length and whatever grows while decoding are dynamic in both.
+Two graphs that decoding of any kind can be built of, the encoder with the decoder's first state and one decoder step,
+and two more around that step, greedy and beam search (see onnx_search.py). Batch size, source length and whatever
+grows while decoding are dynamic in all.
 
 Needs the packages onnx, onnxscript and onnxruntime (`pip install hf-rnn-seq2seq[onnx]`).
 """
@@ -23,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from . import onnx_runner, torch_export
 from .modeling_rnn_seq2seq import RnnSeq2SeqForConditionalGeneration
 from .onnx_graphs import exporting
-from .onnx_runner import DECODER, ENCODER, PRECISIONS, Precision, file_name
+from .onnx_runner import BEAM_SEARCH, DECODER, ENCODER, GREEDY_SEARCH, PRECISIONS, Precision, file_name
 from .torch_export import TOLERANCE, Graph, export_programs, sample_lengths
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     import onnxruntime
     from google.protobuf.message import Message
 
-# From here on weights are kept in a file of their own beside the graph, which may be 2 GB at most, in bytes.
+# From here on an encoder's weights, too, are in a file of their own beside the graph, which may have 2 GB, in bytes.
 EXTERNAL_DATA = 2**30
 
 
@@ -43,8 +44,9 @@ def export_onnx(
     precisions: Sequence[Precision] = ("float32",),
 ) -> None:
     """
-    Writes a folder that [`RnnSeq2SeqOnnx`] and, without torch and transformers, `onnx_runner.py` run: both graphs,
-    config.json, generation_config.json, the tokenizer's files, and that runner itself.
+    Writes a folder that [`RnnSeq2SeqOnnx`] and, without torch and transformers, `onnx_runner.py` run: the graphs,
+    config.json, generation_config.json, the tokenizer's files, and that runner itself. A step's weights are in one
+    file (decoder_model.onnx.data) that the step and both searches read.
 
     Args:
         model: any [`RnnSeq2SeqForConditionalGeneration`]; is left as it is.
@@ -61,6 +63,8 @@ def export_onnx(
     """
     import onnx
 
+    from .onnx_search import beam_search, greedy_search
+
     for precision in precisions:
         if precision not in PRECISIONS:
             raise ValueError(f"`precisions` may hold {', '.join(PRECISIONS)}, got {precision!r}.")
@@ -70,10 +74,7 @@ def export_onnx(
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         unchecked = Path(name)
         for file, graph in ((ENCODER, programs.encoder), (DECODER, programs.step)):
-            proto = to_onnx(graph)
-            external = proto.ByteSize() > EXTERNAL_DATA
-            path = unchecked / file_name(file, "float32")
-            onnx.save(proto, path, save_as_external_data=external, location=f"{path.name}.data")
+            save(to_onnx(graph), unchecked / file_name(file, "float32"))
         error = largest_error(model, unchecked)
         if not error < TOLERANCE:
             raise RuntimeError(
@@ -83,15 +84,29 @@ def export_onnx(
         if "int8" in precisions:
             for file in (ENCODER, DECODER):
                 quantize(unchecked / file_name(file, "float32"), unchecked / file_name(file, "int8"))
+        for precision in precisions:
+            step = onnx.load(unchecked / file_name(DECODER, precision), load_external_data=False)
+            for file, search in ((GREEDY_SEARCH, greedy_search(step)), (BEAM_SEARCH, beam_search(step))):
+                onnx.save(search, unchecked / file_name(file, precision))
         folder.mkdir(exist_ok=True)
         for path in sorted(unchecked.iterdir()):
-            if "float32" in precisions or path.name.endswith("_int8.onnx"):
+            if "float32" in precisions or "_int8.onnx" in path.name:
                 shutil.move(path, folder / path.name)
     model.config.to_json_file(folder / "config.json", use_diff=False)  # the runner knows no defaults
     model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     shutil.copy(onnx_runner.__file__, folder / "onnx_runner.py")
+
+
+def save(proto: "onnx.ModelProto", path: Path) -> None:
+    """Writes a graph: a decoder's weights, or very many, into a file of their own beside it, the rest with it."""
+    import onnx
+
+    external = path.name.startswith(DECODER) or proto.ByteSize() > EXTERNAL_DATA
+    onnx.save(proto, path, save_as_external_data=external, location=f"{path.name}.data")
+    if external:
+        shutil.copymode(path, f"{path}.data")  # onnx lets nobody else read it
 
 
 def to_onnx(graph: Graph) -> "onnx.ModelProto":
@@ -123,9 +138,11 @@ def remove_notes(message: "Message") -> None:
 
 def quantize(path: Path, output: Path) -> None:
     """ONNX Runtime's dynamic quantisation to 8 bits of one graph, a scale for each column of a matrix."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(path, output, weight_type=QuantType.QInt8, per_channel=True)
+    save(onnx.load(output), output)
 
 
 def largest_error(

@@ -5,8 +5,8 @@ Shapes: B batch, S source, S' what the decoder attends to, T target, V vocabular
 """
 
 import os
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, cast
 
 import torch
 from transformers import Cache, GenerationConfig, PreTrainedModel
@@ -15,9 +15,16 @@ from transformers.utils import ModelOutput
 
 from .cache_rnn_seq2seq import DecoderState, RnnSeq2SeqCache
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
+from .ended_rows import Ends
+from .fast_generation import every, is_covered
 from .generation_rnn_seq2seq import RnnSeq2SeqGenerationMixin
-from .onnx_runner import PAST, OnnxGraphs, Precision, Tensors
+from .heads import HEADS
+from .onnx_runner import EARLY_STOPPING, MOST, PAST, OnnxGraphs, Precision, Tensors
 from .signatures import with_known_signature
+
+# Up to so many sources a search is one call of ONNX Runtime. It carries rows on that have ended: among more of them
+# that costs more than what Python spends between two steps.
+WHOLE_SEARCH_SOURCES = 4
 
 
 class RnnSeq2SeqOnnxEncoder:
@@ -200,12 +207,81 @@ class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
             cross_attentions=((attention,) if attention.size(1) else ()) if output_attentions else None,
         )
 
-    def step_inputs(self, encoder_outputs: ModelOutput, copy_ids: torch.Tensor | None) -> tuple[Tensors, int | None]:
+    def _sample(  # type: ignore[override]  # `self` is declared as a protocol there
+        self, input_ids: torch.LongTensor, *, generation_config: GenerationConfig, **kwargs: Any
+    ) -> Any:
+        """Greedy search for few sources is one call of ONNX Runtime."""
+        longest = self._whole_search_length(input_ids, generation_config, kwargs)
+        if longest is None or generation_config.do_sample:
+            return super()._sample(input_ids, generation_config=generation_config, **kwargs)
+        tensors, width = self.step_inputs(kwargs["encoder_outputs"], kwargs.get("copy_ids"))
+        pad = cast(Any, generation_config)._pad_token_tensor
+        found = self.graphs.greedy(
+            input_ids[:, 0].numpy(),
+            tensors,
+            max_new_tokens=longest,
+            eos_token_id=eos_ids(generation_config),
+            pad_token_id=0 if pad is None else int(pad),
+            width=MOST if width is None else width,
+        )
+        return torch.cat((input_ids, torch.from_numpy(found.sequences)), dim=1)
+
+    def _beam_search(  # type: ignore[override]  # the same
+        self, input_ids: torch.LongTensor, *, generation_config: GenerationConfig, **kwargs: Any
+    ) -> Any:
+        """transformers' beam search for few sources is one call of ONNX Runtime."""
+        config, beams = generation_config, cast(int, generation_config.num_beams)
+        longest = self._whole_search_length(input_ids[::beams], config, kwargs)
+        has_options = getattr(config, "_beam_search_options", None) is not None
+        if longest is None or config.do_sample or has_options:
+            return super()._beam_search(input_ids, generation_config=config, **kwargs)
+        kwargs = every(kwargs, beams)
+        tensors, width = self.step_inputs(every(kwargs["encoder_outputs"], beams), kwargs.get("copy_ids"))
+        eos, pad = eos_ids(config), cast(Any, config)._pad_token_tensor
+        found = self.graphs.beams(
+            input_ids[::beams, 0].numpy(),
+            tensors,
+            num_beams=beams,
+            max_new_tokens=longest,
+            length_penalty=cast(float, config.length_penalty),
+            early_stopping=EARLY_STOPPING[cast(bool | str, config.early_stopping)],
+            eos_token_id=eos,
+            width=MOST if width is None else width,
+        )
+        returned = cast(int, config.num_return_sequences)
+        best = torch.from_numpy(found.sequences[:, :returned]).flatten(0, 1)  # [B * returned, T]
+        best = best[:, (best >= 0).any(0)]
+        fill = int(pad or eos[0]) if eos else -1
+        return torch.cat((input_ids[::beams].repeat_interleave(returned, 0), best.where(best >= 0, fill)), dim=1)
+
+    def _whole_search_length(
+        self, prompt: torch.Tensor, generation_config: GenerationConfig, options: dict[str, Any]
+    ) -> int | None:
+        """
+        May a graph of a whole search take a call's place? It knows nothing between two steps but what ends a sequence.
+        If so, how many tokens it may make at most.
+
+        Args:
+            prompt: [B, T].
+            options: the keyword arguments of `GenerationMixin._sample` or `_beam_search`.
+        """
+        ends = Ends(options["stopping_criteria"])
+        knows = ends.simple and ends.max_length is not None and set(ends.eos) == set(eos_ids(generation_config))
+        sources, tokens = prompt.shape
+        if sources > WHOLE_SEARCH_SOURCES or tokens > 1 or options["logits_processor"] or not knows:
+            return None
+        if not is_covered(self, cast(torch.LongTensor, prompt), generation_config, options):
+            return None
+        return max(1, cast(int, ends.max_length) - 1)
+
+    def step_inputs(
+        self, encoder_outputs: Mapping[str, Any], copy_ids: torch.Tensor | None
+    ) -> tuple[Tensors, int | None]:
         """All that a first step reads but its tokens; and how many of its logits count, `None` if all."""
         tensors: Tensors = {
             name: value.numpy() for name, value in encoder_outputs.items() if isinstance(value, torch.Tensor)
         }
-        if not self.graphs.copies:
+        if not HEADS[self.config.head_type].copies:
             if copy_ids is not None:
                 raise ValueError(f"`copy_ids` is for a head that copies, not {self.config.head_type!r}.")
             return tensors, None
@@ -215,6 +291,12 @@ class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
                 raise ValueError("`config.head_type`='pointer_generator' with two vocabularies needs `copy_ids`.")
             copy_ids, width = encoder_outputs["source_ids"], self.config.vocab_size
         return tensors | {"copy_ids": copy_ids.numpy()}, width
+
+
+def eos_ids(config: GenerationConfig) -> list[int]:
+    """What ends a sequence, as generate() has prepared it."""
+    eos = cast(Any, config)._eos_token_tensor
+    return [] if eos is None else eos.tolist()
 
 
 def state_names(tensors: Tensors) -> list[str]:

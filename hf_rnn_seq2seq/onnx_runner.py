@@ -12,19 +12,20 @@ Runs an exported model with numpy, onnxruntime and tokenizers alone: no torch, n
 
 Greedy and beam search give the ids that transformers' generate() gives, by the same rules.
 
-Shapes: B sources, N beams a source, K candidates a source, S source positions, S' what the decoder attends to, T
-target tokens, V vocabulary.
+Shapes: B sources, N beams a source, rows R = B or B * N, S source positions, S' what the decoder attends to, T target
+tokens, V vocabulary.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import onnxruntime
@@ -33,18 +34,21 @@ from tokenizers import Tokenizer, models
 Precision = Literal["float32", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
-ENCODER, DECODER = "encoder_model", "decoder_model"
+# The encoder with the decoder's first state, one decoder step, and two loops around that.
+ENCODER, DECODER, GREEDY_SEARCH, BEAM_SEARCH = "encoder_model", "decoder_model", "greedy_search", "beam_search"
+GRAPHS = (ENCODER, DECODER, GREEDY_SEARCH, BEAM_SEARCH)
 # The decoder's state: `past_x` goes into a step and `present_x` comes out.
 PAST, PRESENT = "past_", "present_"
 
-NEVER = np.float32(-1e9)  # what transformers adds to the score of what must not be chosen
+MOST = np.iinfo(np.int64).max  # all scores count
+EARLY_STOPPING = {False: 0, True: 1, "never": 2}  # for the graph
 
 Array = np.ndarray
 Tensors = dict[str, Array]
 
 
 def file_name(graph: str, precision: Precision) -> str:
-    """`graph` is ENCODER or DECODER."""
+    """`graph` is one of GRAPHS."""
     return f"{graph}.onnx" if precision == "float32" else f"{graph}_{precision}.onnx"
 
 
@@ -54,9 +58,22 @@ class StepResult(NamedTuple):
     state: Tensors
 
 
+class GreedyResult(NamedTuple):
+    sequences: Array  # ids without the start, padded behind an end, [B, T]
+    scores: Array  # their log-probabilities, [B]
+    attention: Array  # [T, B, heads, S']
+
+
+class BeamResult(NamedTuple):
+    sequences: Array  # ids without the start, best first, -1 behind an end, [B, N, T]
+    beam_indices: Array  # for each the row of its step in `attention`, [B, N, T]
+    sequences_scores: Array  # log P / length ** length_penalty, [B, N]
+    attention: Array  # [T, B * N, heads, S']
+
+
 class OnnxGraphs:
     """
-    Both graphs of an exported model. Nothing is remembered between calls.
+    The graphs of an exported model, each loaded when it is first used. Nothing is remembered between calls.
 
     Args:
         folder: what `export_onnx` wrote.
@@ -75,33 +92,95 @@ class OnnxGraphs:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         threads: int = 0,
     ):
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Two sessions and torch share the processor: threads that wait in vain for more work would hold the others up.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        sessions = []
-        for graph in (ENCODER, DECODER):
-            path = Path(folder) / file_name(graph, precision)
+        self.options = onnxruntime.SessionOptions()
+        self.options.intra_op_num_threads = threads
+        # Sessions and torch share the processor: threads that wait in vain for more work would hold the others up.
+        self.options.add_session_config_entry("session.force_spinning_stop", "1")
+        self.providers = list(providers)
+        self.paths = {graph: Path(folder) / file_name(graph, precision) for graph in GRAPHS}
+        for path in self.paths.values():
             if not path.is_file():
                 raise FileNotFoundError(f"{folder} has no {path.name}: export the model with {precision!r}")
-            sessions.append(onnxruntime.InferenceSession(str(path), options, providers=list(providers)))
-        self.encoder, self.decoder = sessions
-        self.encoder_outputs = [output.name for output in self.encoder.get_outputs()]
-        self.step_inputs = [one.name for one in self.decoder.get_inputs()]
-        self.step_outputs = [output.name for output in self.decoder.get_outputs()]
-        self.new_state = [PAST + name.removeprefix(PRESENT) for name in self.step_outputs[2:]]
-        self.copies = "copy_ids" in self.step_inputs
+        self.encoder = self._load(ENCODER)
+
+    def _load(self, graph: str) -> "Graph":
+        return Graph(onnxruntime.InferenceSession(str(self.paths[graph]), self.options, providers=self.providers))
+
+    @functools.cached_property
+    def decoder(self) -> "Graph":
+        return self._load(DECODER)
+
+    @functools.cached_property
+    def greedy_search(self) -> "Graph":
+        return self._load(GREEDY_SEARCH)
+
+    @functools.cached_property
+    def beam_search(self) -> "Graph":
+        return self._load(BEAM_SEARCH)
 
     def encode(self, input_ids: Array, attention_mask: Array) -> Tensors:
         """Ids and mask [B, S] -> what the decoder attends to, and its first state (names that begin with PAST)."""
-        feeds = {"input_ids": input_ids.astype(np.int64), "attention_mask": attention_mask.astype(np.int64)}
-        return dict(zip(self.encoder_outputs, self.encoder.run(None, feeds), strict=True))
+        return self.encoder({"input_ids": input_ids, "attention_mask": attention_mask})
 
     def step(self, tokens: Array, tensors: Tensors) -> StepResult:
         """Tokens [B], all that `encode` gave and `copy_ids` [B, S] of a model that copies -> one step's results."""
-        feeds = {name: tensors[name] for name in self.step_inputs if name != "input_ids"}
-        logits, attention, *state = self.decoder.run(None, {"input_ids": tokens.astype(np.int64)[:, None], **feeds})
-        return StepResult(logits, attention, dict(zip(self.new_state, state, strict=True)))
+        results = self.decoder({**tensors, "input_ids": tokens[:, None]})
+        logits, attention = results.pop("logits"), results.pop("attention")
+        return StepResult(logits, attention, {PAST + one.removeprefix(PRESENT): results[one] for one in results})
+
+    def greedy(self, start: Array, tensors: Tensors, **options: int | list[int]) -> GreedyResult:
+        """
+        Args:
+            start: start tokens, [B].
+            tensors: as for `step`.
+            options: `max_new_tokens`, `eos_token_id` (a list) and `pad_token_id`; of a model that copies `width`, how
+                many of its scores count.
+        """
+        return GreedyResult(**self.greedy_search({**tensors, "input_ids": start[:, None]}, **options))
+
+    def beams(self, start: Array, tensors: Tensors, **options: int | float | list[int]) -> BeamResult:
+        """
+        Args:
+            start: start tokens, [B].
+            tensors: as for `step`: one row a source, not a beam.
+            options: `num_beams`, `max_new_tokens`, `length_penalty`, `early_stopping` (a value of EARLY_STOPPING) and
+                `eos_token_id` (a list); of a model that copies `width`, how many of its scores count.
+        """
+        return BeamResult(**self.beam_search({**tensors, "input_ids": start[:, None]}, **options))
+
+
+class Graph:
+    """
+    One graph under the names of its inputs and outputs.
+
+    Args:
+        session: what runs it.
+    """
+
+    TYPES: ClassVar[dict[str, Any]] = {
+        "tensor(int64)": np.int64,
+        "tensor(float)": np.float32,
+        "tensor(bool)": np.bool_,
+    }
+
+    def __init__(self, session: onnxruntime.InferenceSession):
+        self.session = session
+        self.inputs = {one.name: (self.TYPES[one.type], len(one.shape)) for one in session.get_inputs()}
+        self.outputs = [one.name for one in session.get_outputs()]
+
+    def __call__(self, tensors: Mapping[str, Array], **options: float | list[int]) -> Tensors:
+        """
+        Args:
+            tensors: its inputs, and others that are not read.
+            options: the same, as numbers and lists.
+        """
+        feeds = {}
+        for name, (kind, rank) in self.inputs.items():
+            if name in options:
+                feeds[name] = np.array(options[name], kind, ndmin=rank)
+            else:
+                feeds[name] = tensors[name].astype(kind, copy=False)
+        return dict(zip(self.outputs, self.session.run(self.outputs, feeds), strict=True))
 
 
 @dataclass(frozen=True)
@@ -268,6 +347,7 @@ class RnnSeq2SeqRunner:
         folder = Path(folder)
         self.graphs = OnnxGraphs(folder, precision, providers, threads)
         self.config = read_json(folder / "config.json")
+        self.copies = self.config.get("head_type") == "pointer_generator"
         settings = {**self.config, **read_json(folder / "generation_config.json")}
         self.start_id = int(settings["decoder_start_token_id"])
         eos = settings.get("eos_token_id")
@@ -293,7 +373,7 @@ class RnnSeq2SeqRunner:
         if not texts:
             return []
         batch = self.texts.encode(texts)
-        copy_ids = batch.copy_ids if self.graphs.copies else None
+        copy_ids = batch.copy_ids if self.copies else None
         found = self.generate(batch.input_ids, batch.attention_mask, copy_ids, **options)
         return [
             [one._replace(text=self.texts.decode(one.ids, words)) for one in hypotheses]
@@ -323,115 +403,59 @@ class RnnSeq2SeqRunner:
             attention_mask = np.ones_like(input_ids)
         if attention_mask.shape != input_ids.shape:
             raise ValueError(f"`attention_mask` must have shape {input_ids.shape}, got {attention_mask.shape}")
-        width = None
         tensors = self.graphs.encode(input_ids, attention_mask)
-        if self.graphs.copies:
+        width = MOST
+        if self.copies:
             if copy_ids is None and self.config.get("source_vocab_size") is not None:
                 raise ValueError("`head_type`='pointer_generator' with two vocabularies needs `copy_ids`")
             if copy_ids is None:  # nothing beyond the vocabulary can be copied
                 copy_ids, width = input_ids, self.vocab_size
-            tensors["copy_ids"] = copy_ids.astype(np.int64)
+            tensors["copy_ids"] = copy_ids
         elif copy_ids is not None:
             raise ValueError(f"`copy_ids` is for a head that copies, not {self.config.get('head_type')!r}")
+        start = np.full(len(input_ids), self.start_id)
         if search.num_beams == 1:
-            return [[one] for one in self._greedy(tensors, width, len(input_ids), search)]
-        return self._beams(tensors, width, len(input_ids), search)
+            return [[one] for one in self._greedy(start, tensors, width, search)]
+        return self._beams(start, tensors, width, search)
 
-    def _greedy(self, tensors: Tensors, width: int | None, batch: int, search: SearchOptions) -> list[Hypothesis]:
-        tokens = np.full(batch, self.start_id)
-        going = np.ones(batch, bool)
-        rows = np.arange(batch)
-        ids: list[list[int]] = [[] for _ in rows]
-        total = np.zeros(batch, np.float32)
-        attentions: list[Array] = []
-        for _ in range(search.new_tokens):
-            result = self.graphs.step(tokens, tensors)
-            tensors = {**tensors, **result.state}
-            logits = result.logits[:, :width]
-            tokens = np.where(going, logits.argmax(-1), self.pad_id)
-            total += np.where(going, log_softmax(logits)[rows, tokens], 0)
-            attentions.append(mean_over_heads(result.attention))
-            for row in rows[going]:
-                ids[row].append(int(tokens[row]))
-            going &= ~np.isin(tokens, self.eos_ids)
-            if not going.any():
-                break
-        weights = np.stack(attentions)  # [T, B, S']
-        return [
-            Hypothesis(one, float(total[row] / len(one) ** search.length_penalty), weights[: len(one), row])
-            for row, one in enumerate(ids)
-        ]
+    def _greedy(self, start: Array, tensors: Tensors, width: int, search: SearchOptions) -> list[Hypothesis]:
+        found = self.graphs.greedy(
+            start,
+            tensors,
+            max_new_tokens=search.new_tokens,
+            eos_token_id=self.eos_ids,
+            pad_token_id=self.pad_id,
+            width=width,
+        )
+        weights = mean_over_heads(found.attention)
+        hypotheses = []
+        for row, tokens in enumerate(found.sequences):
+            ends = np.flatnonzero(np.isin(tokens, self.eos_ids))
+            length = int(ends[0]) + 1 if len(ends) else len(tokens)
+            score = float(found.scores[row] / length**search.length_penalty)
+            hypotheses.append(Hypothesis(tokens[:length].tolist(), score, weights[:length, row]))
+        return hypotheses
 
-    def _beams(self, tensors: Tensors, width: int | None, batch: int, search: SearchOptions) -> list[list[Hypothesis]]:
-        """transformers' `GenerationMixin._beam_search`, step for step."""
-        beams, longest, penalty = search.num_beams, search.new_tokens, search.length_penalty
-        keep = max(2, 1 + len(self.eos_ids)) * beams  # enough that `beams` of them are unfinished
-        is_top = np.arange(keep) < beams
-        tensors = {name: np.repeat(tensor, beams, axis=0) for name, tensor in tensors.items()}
-
-        running = np.full((batch, beams, longest), -1)
-        running_parents = np.full_like(running, -1)
-        running_scores = np.full((batch, beams), NEVER)
-        running_scores[:, 0] = 0  # all beams are alike at first: one of them counts
-        finished, finished_parents = running.copy(), running_parents.copy()
-        scores = np.full((batch, beams), NEVER)
-        is_finished = np.zeros((batch, beams), bool)
-        may_improve = np.ones((batch, 1), bool)
-        offset = beams * np.arange(batch)[:, None]
-        attentions: list[Array] = []
-        tokens = np.full(batch * beams, self.start_id)
-        for t in np.arange(longest):
-            result = self.graphs.step(tokens, tensors)
-            attentions.append(mean_over_heads(result.attention))
-            log_p = log_softmax(result.logits[:, :width])
-            size = log_p.shape[-1]
-            log_p = (log_p.reshape(batch, beams, size) + running_scores[:, :, None]).reshape(batch, -1)
-
-            top_scores, top = largest(log_p, keep)  # [B, K]
-            parents = top // size
-            candidates = gather(running, parents)
-            candidates[:, :, t] = top % size
-            candidate_parents = gather(running_parents, parents)
-            candidate_parents[:, :, t] = parents + offset
-            ends = np.isin(candidates[:, :, t], self.eos_ids) | (t + 1 == longest)
-
-            open_scores = top_scores + ends * NEVER
-            running_scores, chosen = largest(open_scores, beams)
-            running, running_parents = gather(candidates, chosen), gather(candidate_parents, chosen)
-
-            done_scores = top_scores / np.float32((t + 1) ** penalty)
-            if search.early_stopping is True:
-                done_scores = done_scores + is_finished.all(-1, keepdims=True) * NEVER
-            done_scores = done_scores + ~may_improve * NEVER + ~(ends & is_top) * NEVER
-            scores, chosen = largest(np.concatenate((scores, done_scores), 1), beams)
-            finished = gather(np.concatenate((finished, candidates), 1), chosen)
-            finished_parents = gather(np.concatenate((finished_parents, candidate_parents), 1), chosen)
-            is_finished = gather(np.concatenate((is_finished, ends & is_top), 1), chosen)
-
-            # Could a running hypothesis still come before the worst finished one?
-            length = longest if search.early_stopping == "never" and penalty > 0 else t + 1
-            best = running_scores[:, :1] / np.float32(length**penalty)
-            worst = np.where(is_finished, scores.min(1, keepdims=True), NEVER)
-            may_improve &= (best > worst).any(-1, keepdims=True)
-            if not may_improve.any() or ends.all() or (search.early_stopping is True and is_finished.all()):
-                break
-            last = running_parents[:, :, t].reshape(-1)
-            state = {name: np.take(tensor, last, axis=0) for name, tensor in result.state.items()}
-            tensors = {**tensors, **state}
-            tokens = running[:, :, t].reshape(-1)
-
-        weights = np.stack(attentions)  # [T, B * N, S']
-        found = []
-        for row in range(batch):
-            hypotheses = []
-            for beam in range(search.num_return_sequences):
-                length = int((finished_parents[row, beam] >= 0).sum())
-                chosen = finished_parents[row, beam, :length]
-                ids = finished[row, beam, :length].tolist()
-                attention = weights[np.arange(length), chosen]
-                hypotheses.append(Hypothesis(ids, float(scores[row, beam]), attention))
-            found.append(hypotheses)
-        return found
+    def _beams(self, start: Array, tensors: Tensors, width: int, search: SearchOptions) -> list[list[Hypothesis]]:
+        found = self.graphs.beams(
+            start,
+            tensors,
+            num_beams=search.num_beams,
+            max_new_tokens=search.new_tokens,
+            length_penalty=search.length_penalty,
+            early_stopping=EARLY_STOPPING[search.early_stopping],
+            eos_token_id=self.eos_ids,
+            width=width,
+        )
+        weights = mean_over_heads(found.attention)
+        hypotheses: list[list[Hypothesis]] = [[] for _ in start]
+        for row, beam in np.ndindex(len(start), search.num_return_sequences):
+            tokens = found.sequences[row, beam]
+            ids = tokens[tokens >= 0]
+            attention = weights[np.arange(len(ids)), found.beam_indices[row, beam, : len(ids)]]
+            score = float(found.sequences_scores[row, beam])
+            hypotheses[row].append(Hypothesis(ids.tolist(), score, attention))
+        return hypotheses
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -454,30 +478,9 @@ def read_options(path: Path) -> dict[str, Any]:
     return {name: options[name] for name in OPTIONS if name in options}
 
 
-def log_softmax(x: Array) -> Array:
-    """[..., V] -> [..., V]"""
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
-def largest(x: Array, k: int) -> tuple[Array, Array]:
-    """The k largest of x [B, V] in descending order, and their places: [B, k] each."""
-    k = min(k, x.shape[-1])
-    some = np.argpartition(-x, k - 1, axis=-1)[:, :k]
-    some.sort(-1)  # of equals among them the first comes first
-    order = np.argsort(-np.take_along_axis(x, some, -1), axis=-1, kind="stable")
-    places = np.take_along_axis(some, order, -1)
-    return np.take_along_axis(x, places, -1), places
-
-
-def gather(x: Array, places: Array) -> Array:
-    """Row by row: x [B, N, ...], places [B, K] -> [B, K, ...]."""
-    return x[np.arange(len(x))[:, None], places]
-
-
 def mean_over_heads(attention: Array) -> Array:
-    """[B, heads, S'] -> [B, S'], or [B, 0] without heads."""
-    return attention.mean(1) if attention.shape[1] else attention.reshape(len(attention), 0)
+    """[T, R, heads, S'] -> [T, R, S'], or [T, R, 0] without heads."""
+    return attention.mean(2) if attention.shape[2] else attention.reshape(*attention.shape[:2], 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -26,7 +26,7 @@ from exported import check_searches, covering, exported, values_of
 from hf_rnn_seq2seq import RnnSeq2SeqTokenizer, onnx_export
 from hf_rnn_seq2seq.onnx_export import export_onnx, largest_error
 from hf_rnn_seq2seq.onnx_model import OnnxSteps, RnnSeq2SeqOnnx
-from hf_rnn_seq2seq.onnx_runner import DECODER, ENCODER, file_name
+from hf_rnn_seq2seq.onnx_runner import BEAM_SEARCH, DECODER, ENCODER, GREEDY_SEARCH, file_name
 from hf_rnn_seq2seq.tokenizer_training import train_tokenizer
 
 COVERING = covering()
@@ -95,6 +95,68 @@ def test_rows_that_have_ended_leave_the_batch(
         del found._fast_generation
 
 
+WHOLE_SEARCHES: list[dict[str, Any]] = [
+    {},
+    {"eos_token_id": [2, 5, 7], "pad_token_id": 3},
+    {"eos_token_id": 9, "max_length": 2},
+    {"num_beams": 3},
+    {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.0, "early_stopping": True},
+    {"num_beams": 2, "num_return_sequences": 2, "length_penalty": 2.0, "early_stopping": "never"},
+    {"num_beams": 3, "length_penalty": -1.0, "eos_token_id": [2, 5, 7]},
+]
+
+
+def check_whole_searches(found: Any, batch: dict[str, torch.Tensor]) -> None:
+    """A search in one call gives the ids of transformers' loops, for some sources and for each alone."""
+    for options in WHOLE_SEARCHES:
+        for rows in (slice(0, None), *(slice(row, row + 1) for row in range(len(batch["input_ids"])))):
+            part = {name: tensor[rows] for name, tensor in batch.items()}
+            arguments = {**part, "max_length": 12, **options}
+            found._fast_generation = False
+            wanted = found.generate(**arguments)
+            del found._fast_generation
+            assert torch.equal(found.generate(**arguments), wanted), options
+
+
+@pytest.mark.parametrize("setting", [{}, {"head_type": "pointer_generator", "attention_coverage": True}], ids=str)
+def test_searches_for_few_sources_are_one_call(setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, folder = exported(**setting)
+    found: Any = RnnSeq2SeqOnnx.from_pretrained(folder)
+    batch = batch_of(model, *ragged_batch([5, 1, 3, 7], side="both"))
+    check_whole_searches(found, batch)
+    # With words outside the vocabulary and without.
+    others = [batch, {name: one for name, one in batch.items() if name != "copy_ids"}]
+    for part in others:
+        check_whole_searches(found, {name: one[:2] for name, one in part.items()})
+
+    class Steps(Exception):
+        """Step by step."""
+
+    def step(*args: Any) -> None:
+        raise Steps
+
+    monkeypatch.setattr(found.graphs, "step", step)
+    for options in WHOLE_SEARCHES:
+        found.generate(**batch, **options)
+    more = batch_of(model, *ragged_batch([5, 1, 3, 7, 2]))
+    prompt = torch.ones(4, 2, dtype=torch.long)
+    unlike: list[dict[str, Any]] = [
+        more,
+        {"do_sample": True},
+        {"num_beams": 2, "do_sample": True},
+        {"repetition_penalty": 1.5},
+        {"num_beams": 2, "no_repeat_ngram_size": 2},
+        {"decoder_input_ids": prompt},
+        {"num_beams": 2, "gnmt_length_penalty": 0.5},
+        {"max_time": 10.0},
+        {"return_dict_in_generate": True},
+        {"num_beams": 2, "return_dict_in_generate": True},
+    ]
+    for options in unlike:
+        with pytest.raises(Steps):
+            found.generate(**{**batch, **options})
+
+
 def test_prefixes_caches_and_masks() -> None:
     """A prompt, padded on the left, and going on from a cache, as with the model."""
     model: Any
@@ -134,14 +196,20 @@ def test_hidden_states_are_refused() -> None:
 # int8
 
 
+def file_size(graph: Path) -> int:
+    """With the weights beside it."""
+    return sum(path.stat().st_size for path in (graph, graph.with_name(f"{graph.name}.data")) if path.exists())
+
+
 def test_int8_is_small_near_and_runs(tmp_path: Path) -> None:
     setting = {"vocab_size": 400, "hidden_size": 64, "embedding_size": 64, "attention_type": "dot"}
     model = tiny_model(**setting).float()
     export_onnx(model, tmp_path, precisions=("float32", "int8"))
     for graph, kinds in ((ENCODER, {"DynamicQuantizeLSTM"}), (DECODER, {"MatMulInteger"})):
-        sizes = [(tmp_path / file_name(graph, precision)).stat().st_size for precision in ("float32", "int8")]
+        sizes = [file_size(tmp_path / file_name(graph, precision)) for precision in ("float32", "int8")]
         assert sizes[1] < 0.4 * sizes[0]
         proto = onnx.load(tmp_path / file_name(graph, "int8"))
+        onnx.checker.check_model(proto)
         assert str(Path(onnx_export.__file__).parent).encode() not in proto.SerializeToString()
         nodes = proto.graph.node
         assert kinds <= {node.op_type for node in nodes}
@@ -150,6 +218,10 @@ def test_int8_is_small_near_and_runs(tmp_path: Path) -> None:
     found: Any = RnnSeq2SeqOnnx.from_pretrained(tmp_path, "int8")
     output = found.generate(source, attention_mask=mask, num_beams=3, max_new_tokens=4, min_new_tokens=4)
     assert output.shape == (3, 5)
+    for search in (GREEDY_SEARCH, BEAM_SEARCH):  # they have the step's weights, not their own
+        onnx.checker.check_model(str(tmp_path / file_name(search, "int8")))
+        assert file_size(tmp_path / file_name(search, "int8")) < 0.5 * file_size(tmp_path / file_name(DECODER, "int8"))
+    check_whole_searches(found, {"input_ids": source, "attention_mask": mask})
 
 
 # What is written, and what is not
@@ -194,6 +266,7 @@ def test_script_with_weights_in_files_of_their_own(
     names = {path.name for path in (tmp_path / "onnx").iterdir()}
     assert names >= {
         "encoder_model.onnx", "encoder_model.onnx.data", "decoder_model.onnx.data", "decoder_model_int8.onnx",
+        "greedy_search.onnx", "beam_search_int8.onnx",
         "config.json", "generation_config.json", "tokenizer.json", "source_tokenizer.json", "onnx_runner.py",
     }  # fmt: skip
     moved = shutil.move(tmp_path / "onnx", tmp_path / "elsewhere")

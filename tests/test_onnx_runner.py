@@ -22,7 +22,7 @@ from exported import exported
 
 from hf_rnn_seq2seq import RnnSeq2SeqTokenizer
 from hf_rnn_seq2seq.onnx_export import export_onnx
-from hf_rnn_seq2seq.onnx_runner import RnnSeq2SeqRunner, SearchOptions, largest, log_softmax
+from hf_rnn_seq2seq.onnx_runner import RnnSeq2SeqRunner, SearchOptions
 from hf_rnn_seq2seq.tokenizer_training import train_tokenizer
 
 WORDS = ["abc cab", "a", "", "bca bab </s> a", "Äb"]
@@ -198,16 +198,6 @@ def test_refused_inputs(words: Any, tmp_path: Path) -> None:
         without_tokenizer(["abc"])
     with pytest.raises(FileNotFoundError, match=r"has no encoder_model\.onnx"):
         RnnSeq2SeqRunner(tmp_path)
-
-
-def test_largest_and_log_softmax() -> None:
-    x = np.float32([[1.0, 3.0, 3.0, -1e9, 2.0], [0.5, 0.0, -1.0, -2.0, 5.0]])
-    values, places = largest(x, 3)
-    assert places.tolist() == [[1, 2, 4], [4, 0, 1]]
-    assert values.tolist() == [[3, 3, 2], [5, 0.5, 0]]
-    assert largest(x, 9)[1].shape == (2, 5)
-    log_p = log_softmax(np.float32([[1e4, 0.0, 1e4]]))
-    np.testing.assert_allclose(log_p, [[-np.log(2), -1e4 - np.log(2), -np.log(2)]], rtol=1e-6)
 
 
 def test_benchmark_times_all_who_take_part(words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,107 @@
+"""Searches as graphs: around steps of all kinds, with the ids of transformers' loops."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import ragged_batch
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+import onnx
+from exported import exported
+
+from hf_rnn_seq2seq.onnx_model import WHOLE_SEARCH_SOURCES, RnnSeq2SeqOnnx
+from hf_rnn_seq2seq.onnx_runner import BEAM_SEARCH, DECODER, GREEDY_SEARCH
+from hf_rnn_seq2seq.onnx_search import beam_search, greedy_search
+
+# A recurrent step of three lines, whose state is that of the exported encoder: what it likes to say, and how soon it
+# ends, is for its random numbers to say, and no export is needed for each.
+STEP = """
+<ir_version: 10, opset_import: ["" : 20]>
+step (int64[batch, 1] input_ids, float[batch, source, width] memory_values, float[batch, units] past_layer_0_h,
+      float[batch, units] past_layer_0_c, float[batch, units] past_feed_0)
+  => (float[batch, vocabulary] logits, float[batch, 1, source] attention, float[batch, units] present_layer_0_h,
+      float[batch, units] present_layer_0_c, float[batch, units] present_feed_0)
+{
+  token = Squeeze(input_ids, last)
+  embedding = Gather(embeddings, token)
+  kept = Mul(past_layer_0_h, half)
+  mixed = Add(kept, embedding)
+  present_layer_0_h = Tanh(mixed)
+  present_layer_0_c = Add(past_layer_0_c, embedding)
+  present_feed_0 = Identity(past_feed_0)
+  product = MatMul(present_layer_0_h, weight)
+  logits = Add(product, bias)
+  looked = ReduceSum<keepdims = 0>(memory_values, last)
+  head = Unsqueeze(looked, middle)
+  attention = Softmax<axis = -1>(head)
+}
+"""
+
+
+def write_searches(folder: Path, seed: int, eos_bias: float) -> None:
+    """Puts a step of random numbers, and its searches, in the place of an export's."""
+    model, export = exported()
+    shutil.copytree(export, folder, dirs_exist_ok=True)
+    units, words = model.config.hidden_size, model.config.vocab_size
+    numbers = np.random.default_rng(seed)
+    bias = numbers.normal(0, 0.5, words)
+    bias[2] += eos_bias
+    arrays = {
+        "embeddings": numbers.normal(0, 1, (words, units)),
+        "weight": numbers.normal(0, 2, (units, words)),
+        "bias": bias,
+        "half": np.array(0.5),
+    }
+    step = onnx.parser.parse_model(STEP)
+    for name, array in arrays.items():
+        step.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
+    for name, array in (("last", np.array([-1])), ("middle", np.array([1]))):
+        step.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.checker.check_model(step)
+    for name, graph in ((DECODER, step), (GREEDY_SEARCH, greedy_search(step)), (BEAM_SEARCH, beam_search(step))):
+        onnx.checker.check_model(graph, full_check=True)
+        onnx.save(graph, folder / f"{name}.onnx")
+
+
+searches = st.fixed_dictionaries(
+    {
+        "num_beams": st.integers(1, 5),
+        "eos_token_id": st.sampled_from([2, [2, 5, 2], [2, 3, 4]]),
+        "length_penalty": st.sampled_from([-1.0, 0.0, 0.6, 1.0, 2.0]),
+        "early_stopping": st.sampled_from([False, True, "never"]),
+        "max_length": st.integers(2, 25),
+        "returned": st.integers(1, 5),
+    }
+)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 10**6),
+    eos_bias=st.sampled_from([-2.0, 0.0, 2.0]),
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=WHOLE_SEARCH_SOURCES),
+    options=st.lists(searches, min_size=6, max_size=12),
+)
+def test_ids_are_those_of_transformers_loops(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, eos_bias: float, lengths: list[int], options: list[Any]
+) -> None:
+    folder = tmp_path_factory.mktemp("searches")
+    write_searches(folder, seed, eos_bias)
+    found: Any = RnnSeq2SeqOnnx.from_pretrained(folder, threads=1)
+    source, mask = ragged_batch(lengths, side="both")
+    for one in options:
+        search = dict(one)
+        search["num_return_sequences"] = min(search["num_beams"], search.pop("returned"))
+        arguments = {"inputs": source, "attention_mask": mask, "pad_token_id": 0, **search}
+        found._fast_generation = False
+        wanted = found.generate(**arguments)
+        found._fast_generation = True
+        assert found.generate(**arguments).tolist() == wanted.tolist(), search
