@@ -13,18 +13,22 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
+from .beam_options import BeamSearchOptions
 from .cache_rnn_seq2seq import DecoderState, RnnSeq2SeqCache
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
 from .ended_rows import Ends
 from .fast_generation import every, is_covered
 from .generation_rnn_seq2seq import RnnSeq2SeqGenerationMixin
 from .heads import HEADS
-from .onnx_runner import EARLY_STOPPING, MOST, PAST, OnnxGraphs, Precision, Tensors
+from .onnx_runner import MOST, PAST, OnnxGraphs, Precision, Tensors, score_inputs
 from .signatures import with_known_signature
 
 # Up to so many sources a search is one call of ONNX Runtime. It carries rows on that have ended: among more of them
 # that costs more than what Python spends between two steps.
 WHOLE_SEARCH_SOURCES = 4
+
+# The options of `BeamSearchOptions` that a graph knows.
+GRAPH_OPTIONS = ("gnmt_length_penalty", "opennmt_length_penalty")
 
 
 class RnnSeq2SeqOnnxEncoder:
@@ -229,24 +233,24 @@ class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
     def _beam_search(  # type: ignore[override]  # the same
         self, input_ids: torch.LongTensor, *, generation_config: GenerationConfig, **kwargs: Any
     ) -> Any:
-        """transformers' beam search for few sources is one call of ONNX Runtime."""
+        """Beam search for few sources, transformers' or OpenNMT-py's, is one call of ONNX Runtime."""
         config, beams = generation_config, cast(int, generation_config.num_beams)
         longest = self._whole_search_length(input_ids[::beams], config, kwargs)
-        has_options = getattr(config, "_beam_search_options", None) is not None
-        if longest is None or config.do_sample or has_options:
+        options = getattr(config, "_beam_search_options", None)
+        if longest is None or config.do_sample or not in_the_graph(options, config):
             return super()._beam_search(input_ids, generation_config=config, **kwargs)
         kwargs = every(kwargs, beams)
         tensors, width = self.step_inputs(every(kwargs["encoder_outputs"], beams), kwargs.get("copy_ids"))
         eos, pad = eos_ids(config), cast(Any, config)._pad_token_tensor
+        rule = {} if options is None else {name: getattr(options, name) for name in GRAPH_OPTIONS}
         found = self.graphs.beams(
             input_ids[::beams, 0].numpy(),
             tensors,
             num_beams=beams,
             max_new_tokens=longest,
-            length_penalty=cast(float, config.length_penalty),
-            early_stopping=EARLY_STOPPING[cast(bool | str, config.early_stopping)],
             eos_token_id=eos,
             width=MOST if width is None else width,
+            **score_inputs(cast(float, config.length_penalty), cast(bool | str, config.early_stopping), **rule),
         )
         returned = cast(int, config.num_return_sequences)
         best = torch.from_numpy(found.sequences[:, :returned]).flatten(0, 1)  # [B * returned, T]
@@ -291,6 +295,17 @@ class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
                 raise ValueError("`config.head_type`='pointer_generator' with two vocabularies needs `copy_ids`.")
             copy_ids, width = encoder_outputs["source_ids"], self.config.vocab_size
         return tensors | {"copy_ids": copy_ids.numpy()}, width
+
+
+def in_the_graph(options: BeamSearchOptions | None, config: GenerationConfig) -> bool:
+    """Does the graph of beam search know these options, if any?"""
+    if options is None:
+        return True
+    unknown = options.has_groups or options.has_words or bool(options.coverage_penalty)
+    if unknown or not set(options.toolkits) <= {"opennmt_length_penalty"}:
+        return False
+    # OpenNMT-py may find fewer hypotheses than beams; what then stands in the other places is for our own loop to say.
+    return options.opennmt_length_penalty is None or config.num_return_sequences == 1
 
 
 def eos_ids(config: GenerationConfig) -> list[int]:

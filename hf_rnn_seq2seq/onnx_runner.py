@@ -41,7 +41,7 @@ GRAPHS = (ENCODER, DECODER, GREEDY_SEARCH, BEAM_SEARCH)
 PAST, PRESENT = "past_", "present_"
 
 MOST = np.iinfo(np.int64).max  # all scores count
-EARLY_STOPPING = {False: 0, True: 1, "never": 2}  # for the graph
+EARLY_STOPPING = {False: 0, True: 1, "never": 2}  # for the graph, where 3 is OpenNMT-py's search
 
 Array = np.ndarray
 Tensors = dict[str, Array]
@@ -143,8 +143,8 @@ class OnnxGraphs:
         Args:
             start: start tokens, [B].
             tensors: as for `step`: one row a source, not a beam.
-            options: `num_beams`, `max_new_tokens`, `length_penalty`, `early_stopping` (a value of EARLY_STOPPING) and
-                `eos_token_id` (a list); of a model that copies `width`, how many of its scores count.
+            options: `num_beams`, `max_new_tokens`, `eos_token_id` (a list) and `score_inputs`; of a model that copies
+                `width`, how many of its scores count.
         """
         return BeamResult(**self.beam_search({**tensors, "input_ids": start[:, None]}, **options))
 
@@ -195,6 +195,8 @@ class SearchOptions:
         max_new_tokens: the same without the start token; goes before `max_length`. With neither, 20.
         length_penalty: a finished hypothesis is scored by log P / (number of tokens) ** length_penalty.
         early_stopping: True, False or "never".
+        gnmt_length_penalty, opennmt_length_penalty: those of hf_rnn_seq2seq's `BeamSearchOptions`, in place of
+            `length_penalty`; the second means OpenNMT-py's search, whatever `early_stopping` is.
     """
 
     num_beams: int = 1
@@ -203,6 +205,8 @@ class SearchOptions:
     max_new_tokens: int | None = None
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    gnmt_length_penalty: float | None = None
+    opennmt_length_penalty: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_beams", "num_return_sequences", "max_new_tokens"):
@@ -215,6 +219,17 @@ class SearchOptions:
             )
         if self.early_stopping not in (True, False, "never"):
             raise ValueError(f"`early_stopping` must be True, False or 'never', got {self.early_stopping!r}")
+        penalties = [
+            f"`{name}`={value}"
+            for name, value, usual in (
+                ("length_penalty", self.length_penalty, 1.0),
+                ("gnmt_length_penalty", self.gnmt_length_penalty, None),
+                ("opennmt_length_penalty", self.opennmt_length_penalty, None),
+            )
+            if value != usual
+        ]
+        if len(penalties) > 1:
+            raise ValueError(f"{' and '.join(penalties)} exclude each other")
         if self.max_new_tokens is None and self.max_length is not None and self.max_length < 2:
             raise ValueError(f"`max_length` must be at least 2, the start token and one more, got {self.max_length}")
 
@@ -226,6 +241,22 @@ class SearchOptions:
 
 
 OPTIONS = tuple(field.name for field in fields(SearchOptions))
+
+
+def score_inputs(
+    length_penalty: float,
+    early_stopping: bool | str,
+    gnmt_length_penalty: float | None = None,
+    opennmt_length_penalty: float | None = None,
+) -> dict[str, float]:
+    """What the graph of beam search wants to know of these, see [`SearchOptions`]."""
+    alpha, offset, scale, ending = length_penalty, 0.0, 1.0, EARLY_STOPPING[early_stopping]
+    if gnmt_length_penalty is not None:  # Wu et al. 2016, eq. 14
+        alpha, offset, scale = gnmt_length_penalty, 5.0, 6.0
+    if opennmt_length_penalty is not None:
+        alpha, offset, scale, ending = opennmt_length_penalty, 1.0, 1.0, 3
+    return {"length_penalty": alpha, "length_offset": offset, "length_scale": scale, "early_stopping": ending}
+
 
 # What else may stand in generation_config.json without changing what comes out here.
 HARMLESS = (
@@ -442,10 +473,14 @@ class RnnSeq2SeqRunner:
             tensors,
             num_beams=search.num_beams,
             max_new_tokens=search.new_tokens,
-            length_penalty=search.length_penalty,
-            early_stopping=EARLY_STOPPING[search.early_stopping],
             eos_token_id=self.eos_ids,
             width=width,
+            **score_inputs(
+                search.length_penalty,
+                search.early_stopping,
+                search.gnmt_length_penalty,
+                search.opennmt_length_penalty,
+            ),
         )
         weights = mean_over_heads(found.attention)
         hypotheses: list[list[Hypothesis]] = [[] for _ in start]

@@ -3,7 +3,8 @@ Greedy and beam search as graphs of ONNX: a `Loop` around the graph of one decod
 of ONNX Runtime, from any language.
 
 What comes between two steps is written as functions of onnxscript, which are read as ONNX, never run as Python:
-[`greedy_step`] and [`beam_step`]. Beam search is transformers' `GenerationMixin._beam_search`, step for step.
+[`greedy_step`] and [`beam_step`]. Beam search is transformers' `GenerationMixin._beam_search`, step for step, with
+OpenNMT-py's among its ways to end.
 
 Shapes: B sources, N beams a source, rows R = B or B * N, K candidates a source, t tokens so far, T in the end, E ids
 that end a sequence, S' what the decoder attends to, V vocabulary.
@@ -76,6 +77,10 @@ def greedy_end(tokens, score):
 @script(functions)
 def beam_start(input_ids, num_beams, max_new_tokens, length_penalty, early_stopping, eos):
     """
+    Args:
+        input_ids: [B, 1].
+        num_beams, max_new_tokens, length_penalty, early_stopping, eos: as for [`beam_search`].
+
     Returns:
         of each row its source [B * N]; what [`beam_step`] carries on, before the first step; and what it reads in
         every step, in its order.
@@ -103,11 +108,13 @@ def beam_start(input_ids, num_beams, max_new_tokens, length_penalty, early_stopp
     among_best = op.Cast(op.Range(0, op.Squeeze(kept), 1) < num_beams, to=FLOAT)
     longest = op.Cast(max_new_tokens, to=FLOAT)
     to_the_end = op.And(early_stopping == 2, length_penalty > 0.0)
-    at_first_end = op.Cast(early_stopping == 1, to=FLOAT)
+    when_full = op.Cast(early_stopping == 1, to=FLOAT)
+    at_best_end = op.Cast(early_stopping == 3, to=FLOAT)
+    left_out = op.And(among_best == 0.0, early_stopping == 3)
     return (
         sources, history, scores, finished, unfinished_scores, is_finished, is_open,
         beams, kept, each_source * beams, each_source * kept, first_pooled, by_source, by_candidate, by_pooled,
-        among_best, longest, to_the_end, at_first_end,
+        among_best, left_out, longest, to_the_end, when_full, at_best_end,
     )  # fmt: skip
 
 
@@ -115,7 +122,8 @@ def beam_start(input_ids, num_beams, max_new_tokens, length_penalty, early_stopp
 def beam_step(
     logits, step_number, history, scores, finished, finished_scores, is_finished, is_open,
     beams, kept, first_row, first_candidate, first_pooled, by_source, by_candidate, by_pooled,
-    among_best, longest, to_the_end, at_first_end, length_penalty, eos,
+    among_best, left_out, longest, to_the_end, when_full, at_best_end,
+    length_penalty, length_offset, length_scale, eos,
 ):  # fmt: skip
     """
     Args:
@@ -124,16 +132,19 @@ def beam_step(
         history: of the running hypotheses, each token and the row that it came from in one number, [B * N, t].
         scores: their log-probabilities, [B * N, 1].
         finished: as `history`, of the best that have ended; -1 behind an end, [B, N, t].
-        finished_scores: their log P / length ** length_penalty, [B, N].
+        finished_scores: their log P / ((length + length_offset) / length_scale) ** length_penalty, [B, N].
         is_finished: which of them have ended, 0 or 1, [B, N].
         is_open: may more of a source's hypotheses end? 0 or 1, [B, 1]
 
         beams, kept: N and K, [1].
         first_row, first_candidate, first_pooled: of each source in lists of N, K and N + K a source, [B, 1].
         by_source, by_candidate, by_pooled: shapes with one row each of B, of B * K, of B * (N + K).
-        among_best: 1 for the first N of K, [K].
-        longest, to_the_end, at_first_end: `max_new_tokens`, is `early_stopping` "never", and is it True.
-        length_penalty: a scalar.
+        among_best: 1 for the first N of K, 0 for the others, [K].
+        left_out: which of K never go on, [K].
+        longest: `max_new_tokens`.
+        to_the_end: do we hope for the best length that is possible?
+        when_full, at_best_end: 1 if a source is done when N hypotheses, or a step's best candidate, have ended.
+        length_penalty, length_offset, length_scale: scalars.
         eos: [E].
 
     Returns:
@@ -151,25 +162,28 @@ def beam_step(
     hits = op.ReduceSum(op.Cast(op.Equal(op.Unsqueeze(tokens, [2]), eos), to=FLOAT), [2], keepdims=0)
     ended = op.Max(op.Min(hits, 1.0), op.Cast(length >= longest, to=FLOAT))  # `eos` may hold an id twice
 
-    next_scores, chosen = op.TopK(top_scores + ended * NEVER, beams)  # [B, N]
+    next_scores, chosen = op.TopK(op.Where(left_out, NEVER, top_scores) + ended * NEVER, beams)  # [B, N]
     chosen_rows = op.Reshape(chosen + first_candidate, [-1])
     next_history = op.Gather(op.Reshape(candidates, by_candidate), chosen_rows, axis=0)
     next_tokens = op.Reshape(op.GatherElements(tokens, chosen, axis=1), [-1, 1])
     next_rows = op.Reshape(op.GatherElements(rows, chosen, axis=1), [-1])
 
     counts = ended * among_best  # only what ends among the N best
-    done = top_scores / op.Pow(length, length_penalty) + (1.0 - counts * is_open) * NEVER
+    penalty = op.Pow((length + length_offset) / length_scale, length_penalty)
+    done = top_scores / penalty + (1.0 - counts * is_open) * NEVER
     next_finished_scores, best = op.TopK(op.Concat(finished_scores, done, axis=1), beams)
     pooled = op.Concat(op.Pad(finished, [0, 0, 0, 0, 0, 1], -1), candidates, axis=1)
     next_finished = op.Gather(op.Reshape(pooled, by_pooled), best + first_pooled, axis=0)
     next_is_finished = op.GatherElements(op.Concat(is_finished, counts, axis=1), best, axis=1)
 
     # Could a running hypothesis still come before a source's worst finished one?
-    hope = op.ReduceMax(next_scores, [1], keepdims=1) / op.Pow(op.Where(to_the_end, longest, length), length_penalty)
+    best_length = (op.Where(to_the_end, longest, length) + length_offset) / length_scale
+    hope = op.ReduceMax(next_scores, [1], keepdims=1) / op.Pow(best_length, length_penalty)
     worst = op.ReduceMin(next_finished_scores, [1], keepdims=1)
     full = op.ReduceMin(next_is_finished, [1], keepdims=1)
     better = op.Cast(hope > op.Where(full > 0.0, worst, op.Min(worst, NEVER)), to=FLOAT)
-    next_is_open = is_open * better * (1.0 - full * at_first_end)
+    is_done = full * when_full + op.Slice(ended, [0], [1], [1]) * at_best_end
+    next_is_open = is_open * op.Max(better, at_best_end) * (1.0 - is_done)
     any_open = op.ReduceMax(next_is_open, keepdims=0) > 0.0
     more = op.And(any_open, op.ReduceMin(ended, keepdims=0) == 0.0)
     flat_scores = op.Reshape(next_scores, [-1, 1])
@@ -230,9 +244,12 @@ def greedy_search(step: onnx.ModelProto) -> onnx.ModelProto:
 
 def beam_search(step: onnx.ModelProto) -> onnx.ModelProto:
     """
-    Inputs: the step's, of which `input_ids` [B, 1] are start tokens, and `num_beams`, `max_new_tokens`,
-    `length_penalty`, `early_stopping` (0, 1, or 2 for "never"), `eos_token_id` [E]; of a model that copies `width`
-    [1], how many of its scores count.
+    Inputs: the step's, of which `input_ids` [B, 1] are start tokens, and `num_beams`, `max_new_tokens`, `eos_token_id`
+    [E], `length_penalty`, `length_offset`, `length_scale`, `early_stopping`; of a model that copies `width` [1], how
+    many of its scores count. A finished hypothesis of n tokens has the score
+    log P / ((n + length_offset) / length_scale) ** length_penalty: with 0 and 1 that is transformers', with 5 and 6
+    that of Wu et al. 2016, eq. 14. `early_stopping` is 0, 1 or 2 for transformers' False, True and "never", and 3 for
+    OpenNMT-py's search (see `OpennmtSearch`).
 
     Outputs: `sequences` [B, N, T] without the start tokens, best first, -1 behind an end; `beam_indices` [B, N, T],
     for each token the row of the step that gave it; `sequences_scores` [B, N]; `attention` [T, B * N, heads, S'].
@@ -241,14 +258,15 @@ def beam_search(step: onnx.ModelProto) -> onnx.ModelProto:
     names = ["history", "scores", "finished", "finished_scores", "is_finished", "is_open"]
     constants = [
         "beams", "kept", "first_row", "first_candidate", "first_pooled", "by_source", "by_candidate", "by_pooled",
-        "among_best", "longest", "to_the_end", "at_first_end",
+        "among_best", "left_out", "longest", "to_the_end", "when_full", "at_best_end",
     ]  # fmt: skip
     started = ["sources", *(f"start_{name}" for name in names), *constants]
     before = [call(beam_start, ["input_ids", *options], started)]
     before += [helper.make_node("Gather", [one.name, "sources"], [REPEATED + one.name]) for one in step.graph.input]
     logits, between = counting_logits(step)
     results = ["next_tokens", "rows", *(f"next_{name}" for name in names), "more"]
-    read = [logits, "step_number", *names, *constants, "length_penalty", "eos_token_id"]
+    penalty = ["length_penalty", "length_offset", "length_scale"]
+    read = [logits, "step_number", *names, *constants, *penalty, "eos_token_id"]
     between.append(call(beam_step, read, results))
     kinds = states(step)
     between += [helper.make_node("Gather", [f"step_{new}", "rows"], [f"next_{new}"]) for _, new, _ in kinds]
@@ -266,7 +284,7 @@ def beam_search(step: onnx.ModelProto) -> onnx.ModelProto:
     ]
     inputs = [
         value("num_beams", INT64, []),
-        value("length_penalty", FLOAT, []),
+        *(value(name, FLOAT, []) for name in penalty),
         value("early_stopping", INT64, []),
         value("eos_token_id", INT64, ["ends"]),
     ]

@@ -103,6 +103,8 @@ WHOLE_SEARCHES: list[dict[str, Any]] = [
     {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.0, "early_stopping": True},
     {"num_beams": 2, "num_return_sequences": 2, "length_penalty": 2.0, "early_stopping": "never"},
     {"num_beams": 3, "length_penalty": -1.0, "eos_token_id": [2, 5, 7]},
+    {"num_beams": 3, "num_return_sequences": 2, "gnmt_length_penalty": 0.7},
+    {"num_beams": 3, "opennmt_length_penalty": 1.0},
 ]
 
 
@@ -147,7 +149,9 @@ def test_searches_for_few_sources_are_one_call(setting: dict[str, Any], monkeypa
         {"repetition_penalty": 1.5},
         {"num_beams": 2, "no_repeat_ngram_size": 2},
         {"decoder_input_ids": prompt},
-        {"num_beams": 2, "gnmt_length_penalty": 0.5},
+        {"num_beams": 2, "gnmt_length_penalty": 0.5, "coverage_penalty": 0.1},
+        {"num_beams": 2, "joeynmt_length_penalty": 0.5},
+        {"num_beams": 2, "num_return_sequences": 2, "opennmt_length_penalty": 0.5},
         {"max_time": 10.0},
         {"return_dict_in_generate": True},
         {"num_beams": 2, "return_dict_in_generate": True},

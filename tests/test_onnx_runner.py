@@ -80,7 +80,16 @@ def texts_of(model: Any, tokenizer: RnnSeq2SeqTokenizer, sources: list[str], **o
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5},
+        {"num_beams": 3, "num_return_sequences": 2, "gnmt_length_penalty": 0.8},
+        {"num_beams": 3, "opennmt_length_penalty": 1.0},
+    ],
+    ids=str,
+)
 def test_texts_are_those_of_model_and_tokenizer(words: Any, options: dict[str, Any]) -> None:
     model, tokenizer, folder = words
     found = RnnSeq2SeqRunner(folder, threads=1)(WORDS, **options)
@@ -175,6 +184,10 @@ def test_options_come_from_the_folder_and_from_the_call(words: Any, tmp_path: Pa
         ({"num_beams": 2, "num_return_sequences": 3}, r"`num_return_sequences` \(3\) must be at most `num_beams` \(2"),
         ({"early_stopping": "always"}, "`early_stopping` must be True, False or 'never', got 'always'"),
         ({"max_length": 1}, "`max_length` must be at least 2"),
+        (
+            {"gnmt_length_penalty": 0.5, "length_penalty": 0.7},
+            "`length_penalty`=0.7 and `gnmt_length_penalty`=0.5 exclude",
+        ),
     ],
 )
 def test_refused_options(options: dict[str, Any], message: str) -> None:

@@ -75,7 +75,10 @@ searches = st.fixed_dictionaries(
     {
         "num_beams": st.integers(1, 5),
         "eos_token_id": st.sampled_from([2, [2, 5, 2], [2, 3, 4]]),
-        "length_penalty": st.sampled_from([-1.0, 0.0, 0.6, 1.0, 2.0]),
+        "penalty": st.sampled_from(
+            [{"length_penalty": alpha} for alpha in (-1.0, 0.0, 0.6, 1.0, 2.0)]
+            + [{name: alpha} for name in ("gnmt_length_penalty", "opennmt_length_penalty") for alpha in (0.0, 0.8)]
+        ),
         "early_stopping": st.sampled_from([False, True, "never"]),
         "max_length": st.integers(2, 25),
         "returned": st.integers(1, 5),
@@ -98,8 +101,11 @@ def test_ids_are_those_of_transformers_loops(
     found: Any = RnnSeq2SeqOnnx.from_pretrained(folder, threads=1)
     source, mask = ragged_batch(lengths, side="both")
     for one in options:
-        search = dict(one)
+        search = one | (one["penalty"] if one["num_beams"] > 1 else {})
+        del search["penalty"]
         search["num_return_sequences"] = min(search["num_beams"], search.pop("returned"))
+        if "opennmt_length_penalty" in search:
+            search["num_return_sequences"] = 1
         arguments = {"inputs": source, "attention_mask": mask, "pad_token_id": 0, **search}
         found._fast_generation = False
         wanted = found.generate(**arguments)
