@@ -4,6 +4,7 @@ An exported model under transformers' generate(): every search, computed by ONNX
 Shapes: B batch, S source, S' what the decoder attends to, T target, V vocabulary.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, cast
@@ -16,15 +17,15 @@ from transformers.utils import ModelOutput
 from .beam_options import BeamSearchOptions
 from .cache_rnn_seq2seq import DecoderState, RnnSeq2SeqCache
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
-from .ended_rows import Ends
+from .ended_rows import DROPPED_PART, Ended, Ends
 from .fast_generation import every, is_covered
 from .generation_rnn_seq2seq import RnnSeq2SeqGenerationMixin
 from .heads import HEADS
 from .onnx_runner import MOST, PAST, OnnxGraphs, Precision, Tensors, score_inputs
 from .signatures import with_known_signature
 
-# Up to so many sources a search is one call of ONNX Runtime. It carries rows on that have ended: among more of them
-# that costs more than what Python spends between two steps.
+# Up to so many sources a search is one call of ONNX Runtime, which carries rows on that have ended. Among more that
+# costs more than what Python spends: greedy search drops them, and beam search goes step by step.
 WHOLE_SEARCH_SOURCES = 4
 
 # The options of `BeamSearchOptions` that a graph knows.
@@ -214,21 +215,38 @@ class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
     def _sample(  # type: ignore[override]  # `self` is declared as a protocol there
         self, input_ids: torch.LongTensor, *, generation_config: GenerationConfig, **kwargs: Any
     ) -> Any:
-        """Greedy search for few sources is one call of ONNX Runtime."""
+        """Greedy search is one call of ONNX Runtime until enough rows have ended to be dropped."""
         longest = self._whole_search_length(input_ids, generation_config, kwargs)
         if longest is None or generation_config.do_sample:
             return super()._sample(input_ids, generation_config=generation_config, **kwargs)
         tensors, width = self.step_inputs(kwargs["encoder_outputs"], kwargs.get("copy_ids"))
-        pad = cast(Any, generation_config)._pad_token_tensor
-        found = self.graphs.greedy(
-            input_ids[:, 0].numpy(),
-            tensors,
-            max_new_tokens=longest,
-            eos_token_id=eos_ids(generation_config),
-            pad_token_id=0 if pad is None else int(pad),
-            width=MOST if width is None else width,
-        )
-        return torch.cat((input_ids, torch.from_numpy(found.sequences)), dim=1)
+        eos, pad = eos_ids(generation_config), cast(Any, generation_config)._pad_token_tensor
+        fill = 0 if pad is None else int(pad)
+        ended = Ended(len(input_ids), input_ids.device)
+        while True:
+            rows = len(input_ids)
+            enough = rows if rows <= WHOLE_SEARCH_SOURCES else math.ceil(rows * DROPPED_PART)
+            found = self.graphs.greedy(
+                input_ids[:, -1].numpy(),
+                tensors,
+                max_new_tokens=longest,
+                eos_token_id=eos,
+                pad_token_id=fill,
+                min_going=rows - enough + 1,
+                with_scores=False,
+                width=MOST if width is None else width,
+            )
+            new = torch.from_numpy(found.sequences)
+            input_ids = cast(torch.LongTensor, torch.cat((input_ids, new), dim=1))
+            longest -= new.size(1)
+            has_ended = torch.isin(new, torch.tensor(eos, dtype=torch.long)).any(1)
+            if longest == 0 or has_ended.all():
+                break
+            going_on = ended.add(has_ended, input_ids[has_ended])
+            input_ids = cast(torch.LongTensor, input_ids[going_on])
+            tensors = {name: tensor[going_on.numpy()] for name, tensor in (tensors | found.state).items()}
+        ended.add(torch.ones(rows, dtype=torch.bool), input_ids)
+        return ended.all_sequences(fill)
 
     def _beam_search(  # type: ignore[override]  # the same
         self, input_ids: torch.LongTensor, *, generation_config: GenerationConfig, **kwargs: Any
@@ -237,7 +255,8 @@ class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
         config, beams = generation_config, cast(int, generation_config.num_beams)
         longest = self._whole_search_length(input_ids[::beams], config, kwargs)
         options = getattr(config, "_beam_search_options", None)
-        if longest is None or config.do_sample or not in_the_graph(options, config):
+        few = len(input_ids) <= beams * WHOLE_SEARCH_SOURCES
+        if longest is None or not few or config.do_sample or not in_the_graph(options, config):
             return super()._beam_search(input_ids, generation_config=config, **kwargs)
         kwargs = every(kwargs, beams)
         tensors, width = self.step_inputs(every(kwargs["encoder_outputs"], beams), kwargs.get("copy_ids"))
@@ -262,8 +281,8 @@ class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
         self, prompt: torch.Tensor, generation_config: GenerationConfig, options: dict[str, Any]
     ) -> int | None:
         """
-        May a graph of a whole search take a call's place? It knows nothing between two steps but what ends a sequence.
-        If so, how many tokens it may make at most.
+        May graphs of searches take a call's place? They know nothing between two steps but what ends a sequence.
+        If so, how many tokens they may make at most.
 
         Args:
             prompt: [B, T].
@@ -271,8 +290,7 @@ class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
         """
         ends = Ends(options["stopping_criteria"])
         knows = ends.simple and ends.max_length is not None and set(ends.eos) == set(eos_ids(generation_config))
-        sources, tokens = prompt.shape
-        if sources > WHOLE_SEARCH_SOURCES or tokens > 1 or options["logits_processor"] or not knows:
+        if prompt.size(1) > 1 or options["logits_processor"] or not knows:
             return None
         if not is_covered(self, cast(torch.LongTensor, prompt), generation_config, options):
             return None

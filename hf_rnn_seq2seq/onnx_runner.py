@@ -62,6 +62,7 @@ class GreedyResult(NamedTuple):
     sequences: Array  # ids without the start, padded behind an end, [B, T]
     scores: Array  # their log-probabilities, [B]
     attention: Array  # [T, B, heads, S']
+    state: Tensors  # behind the last token
 
 
 class BeamResult(NamedTuple):
@@ -125,18 +126,19 @@ class OnnxGraphs:
     def step(self, tokens: Array, tensors: Tensors) -> StepResult:
         """Tokens [B], all that `encode` gave and `copy_ids` [B, S] of a model that copies -> one step's results."""
         results = self.decoder({**tensors, "input_ids": tokens[:, None]})
-        logits, attention = results.pop("logits"), results.pop("attention")
-        return StepResult(logits, attention, {PAST + one.removeprefix(PRESENT): results[one] for one in results})
+        return StepResult(results["logits"], results["attention"], next_state(results))
 
     def greedy(self, start: Array, tensors: Tensors, **options: int | list[int]) -> GreedyResult:
         """
         Args:
             start: start tokens, [B].
             tensors: as for `step`.
-            options: `max_new_tokens`, `eos_token_id` (a list) and `pad_token_id`; of a model that copies `width`, how
-                many of its scores count.
+            options: `max_new_tokens`, `eos_token_id` (a list), `pad_token_id`, `min_going` (it stops when fewer
+                sequences go on), `with_scores` (or they are zeros); of a model that copies `width`, how many of its
+                scores count.
         """
-        return GreedyResult(**self.greedy_search({**tensors, "input_ids": start[:, None]}, **options))
+        results = self.greedy_search({**tensors, "input_ids": start[:, None]}, **options)
+        return GreedyResult(results["sequences"], results["scores"], results["attention"], next_state(results))
 
     def beams(self, start: Array, tensors: Tensors, **options: int | float | list[int]) -> BeamResult:
         """
@@ -147,6 +149,11 @@ class OnnxGraphs:
                 `width`, how many of its scores count.
         """
         return BeamResult(**self.beam_search({**tensors, "input_ids": start[:, None]}, **options))
+
+
+def next_state(results: Tensors) -> Tensors:
+    """The state among a graph's results under the names by which it goes into the next call."""
+    return {PAST + name.removeprefix(PRESENT): one for name, one in results.items() if name.startswith(PRESENT)}
 
 
 class Graph:
@@ -456,6 +463,8 @@ class RnnSeq2SeqRunner:
             max_new_tokens=search.new_tokens,
             eos_token_id=self.eos_ids,
             pad_token_id=self.pad_id,
+            min_going=1,
+            with_scores=True,
             width=width,
         )
         weights = mean_over_heads(found.attention)

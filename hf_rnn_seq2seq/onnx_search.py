@@ -48,24 +48,28 @@ def greedy_start(input_ids):
 
 
 @script(functions)
-def greedy_step(logits, going, score, eos, pad):
+def greedy_step(logits, going, score, eos, pad, min_going, with_scores):
     """
     Args:
         logits: [B, V].
         going: which sequences have not ended, [B, 1].
         score: log-probability of each so far, [B, 1].
         eos: [E].
-        pad: a scalar, what follows an end.
+        pad, min_going, with_scores: scalars, see [`greedy_search`].
 
     Returns:
-        the next tokens [B, 1], `going` and `score` with them, and whether any goes on.
+        the next tokens [B, 1], `going` and `score` with them, and whether enough go on.
     """
     best = op.ArgMax(logits, axis=-1, keepdims=1)
-    added = op.GatherElements(op.LogSoftmax(logits, axis=-1), best, axis=-1)
+    if with_scores:
+        added = op.GatherElements(op.LogSoftmax(logits, axis=-1), best, axis=-1)
+    else:
+        added = op.Expand(0.0, op.Shape(best))
     tokens = op.Where(going, best, pad)
     hits = op.ReduceSum(op.Cast(op.Equal(tokens, eos), to=FLOAT), [1], keepdims=1)
     still = op.And(going, hits == 0.0)
-    return tokens, still, score + op.Where(going, added, 0.0), op.ReduceMax(op.Cast(still, to=FLOAT), keepdims=0) > 0.0
+    number = op.ReduceSum(op.Cast(still, to=INT64), keepdims=0)
+    return tokens, still, score + op.Where(going, added, 0.0), op.And(number >= min_going, number > 0)
 
 
 @script(functions)
@@ -218,16 +222,20 @@ class Carried(NamedTuple):
 def greedy_search(step: onnx.ModelProto) -> onnx.ModelProto:
     """
     Inputs: the step's, of which `input_ids` [B, 1] are start tokens, and `max_new_tokens`, `eos_token_id` [E],
-    `pad_token_id`; of a model that copies `width` [1], how many of its scores count.
+    `pad_token_id`, which follows an end, and `min_going`: the search stops when fewer sequences go on, so that those
+    that have ended can be dropped and the search go on from the others' last tokens and state, and `with_scores`; of a
+    model that copies `width` [1], how many of its scores count.
 
-    Outputs: `sequences` [B, T] without the start tokens, `scores` [B], their log-probabilities, and `attention`
+    Outputs: `sequences` [B, T] without the start tokens, `scores` [B], their log-probabilities, or zeros not
+    `with_scores`, which cost a tenth, the state behind the last step under its names there, and `attention`
     [T, B, heads, S'].
     """
     before = [call(greedy_start, ["input_ids"], ["start_going", "start_score"])]
     logits, between = counting_logits(step)
     chosen = ["next_tokens", "next_going", "next_score", "more"]
+    read = [logits, "going", "score", "eos_token_id", "pad_token_id", "min_going", "with_scores"]
     between += [
-        call(greedy_step, [logits, "going", "score", "eos_token_id", "pad_token_id"], chosen),
+        call(greedy_step, read, chosen),
         helper.make_node("Identity", ["next_tokens"], ["tokens"]),
     ]
     carried = [
@@ -237,8 +245,15 @@ def greedy_search(step: onnx.ModelProto) -> onnx.ModelProto:
         Carried("start_score", "score", "next_score", FLOAT),
     ]
     after = [call(greedy_end, ["all_tokens", "end_score"], ["sequences", "scores"])]
-    options = [value("eos_token_id", INT64, ["ends"]), value("pad_token_id", INT64, [])]
+    options = [
+        value("eos_token_id", INT64, ["ends"]),
+        value("pad_token_id", INT64, []),
+        value("min_going", INT64, []),
+        value("with_scores", BOOL, []),
+    ]
     outputs = [value("sequences", INT64, ["batch", "length"]), value("scores", FLOAT, ["batch"])]
+    after += [helper.make_node("Identity", [f"end_step_{name}"], [new]) for name, new, _ in states(step)]
+    outputs += [one for one in step.graph.output if one.name.startswith(PRESENT)]
     return looped(step, before, between, carried, after, options, outputs, repeated="")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ragged_batch
@@ -18,7 +19,7 @@ import onnx
 from exported import exported
 
 from hf_rnn_seq2seq.onnx_model import WHOLE_SEARCH_SOURCES, RnnSeq2SeqOnnx
-from hf_rnn_seq2seq.onnx_runner import BEAM_SEARCH, DECODER, GREEDY_SEARCH
+from hf_rnn_seq2seq.onnx_runner import BEAM_SEARCH, DECODER, GREEDY_SEARCH, OnnxGraphs
 from hf_rnn_seq2seq.onnx_search import beam_search, greedy_search
 
 # A recurrent step of three lines, whose state is that of the exported encoder: what it likes to say, and how soon it
@@ -90,7 +91,7 @@ searches = st.fixed_dictionaries(
 @given(
     seed=st.integers(0, 10**6),
     eos_bias=st.sampled_from([-2.0, 0.0, 2.0]),
-    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=WHOLE_SEARCH_SOURCES),
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=3 * WHOLE_SEARCH_SOURCES),
     options=st.lists(searches, min_size=6, max_size=12),
 )
 def test_ids_are_those_of_transformers_loops(
@@ -111,3 +112,40 @@ def test_ids_are_those_of_transformers_loops(
         wanted = found.generate(**arguments)
         found._fast_generation = True
         assert found.generate(**arguments).tolist() == wanted.tolist(), search
+
+
+def test_greedy_search_in_parts_and_its_scores(tmp_path: Path) -> None:
+    """A search that stops and goes on from its state makes what one in one go makes, and scores are the steps'."""
+    write_searches(tmp_path, seed=2, eos_bias=0.0)  # with these, sequences end after 1, 4, 6, 5 and 1 tokens
+    graphs = OnnxGraphs(tmp_path, threads=1)
+    source, mask = (tensor.numpy() for tensor in ragged_batch([5, 2, 6, 1, 3]))
+    tensors, start = graphs.encode(source, mask), np.array([1, 3, 5, 6, 8])
+    options = {"eos_token_id": [2, 4], "pad_token_id": 7, "with_scores": True}
+    whole = graphs.greedy(start, tensors, max_new_tokens=12, min_going=1, **options)
+    unscored = graphs.greedy(start, tensors, max_new_tokens=12, min_going=1, **options | {"with_scores": False})
+    assert unscored.scores.tolist() == [0] * 5
+    assert unscored.sequences.tolist() == whole.sequences.tolist()
+
+    tokens, expected = start, np.zeros(5)
+    going, state = np.ones(5, bool), dict(tensors)
+    for t in range(whole.sequences.shape[1]):
+        result = graphs.step(tokens, state)
+        state |= result.state
+        log_p = torch.from_numpy(result.logits).double().log_softmax(-1).numpy()
+        tokens = np.where(going, log_p.argmax(-1), 7)
+        expected += going * log_p[np.arange(5), tokens]
+        assert whole.sequences[:, t].tolist() == tokens.tolist()
+        np.testing.assert_allclose(whole.attention[t], result.attention, atol=1e-6)
+        going &= ~np.isin(tokens, [2, 4])
+    np.testing.assert_allclose(whole.scores, expected, rtol=1e-5)
+
+    for min_going in (5, 4, 2):
+        part = graphs.greedy(start, tensors, max_new_tokens=12, min_going=min_going, **options)
+        length = part.sequences.shape[1]
+        ended = np.isin(part.sequences, [2, 4]).any(1)
+        assert 0 < length < whole.sequences.shape[1]
+        assert ended.sum() > 5 - min_going
+        rest = {name: one[~ended] for name, one in (tensors | part.state).items()}
+        others = graphs.greedy(part.sequences[~ended, -1], rest, max_new_tokens=12 - length, min_going=1, **options)
+        assert part.sequences.tolist() == whole.sequences[:, :length].tolist()
+        assert others.sequences.tolist() == whole.sequences[~ended, length:].tolist()

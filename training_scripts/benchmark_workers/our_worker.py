@@ -18,6 +18,7 @@ from hf_rnn_seq2seq.matmul_precision import recommended_precision
 
 PAD, START, END = 0, 1, 2
 models: dict[str, Any] = {}
+folders: list[tempfile.TemporaryDirectory[str]] = []  # of exports, for as long as this process runs
 
 
 def make(name: str, compile: bool = False, bf16: bool = False, plain: bool = False, **config: Any) -> int:
@@ -130,13 +131,13 @@ def load_exported(name: str, folder: str, precision: str) -> int:
     """The number of bytes of the files."""
     from hf_rnn_seq2seq.onnx_export import export_onnx
     from hf_rnn_seq2seq.onnx_model import RnnSeq2SeqOnnx
-    from hf_rnn_seq2seq.onnx_runner import DECODER, ENCODER, file_name
 
-    with tempfile.TemporaryDirectory() as place:
-        export_onnx(AutoModelForSeq2SeqLM.from_pretrained(folder), place, precisions=(precision,))
-        model = RnnSeq2SeqOnnx.from_pretrained(place, precision, threads=torch.get_num_threads())
-        models[name] = (model, AutoTokenizer.from_pretrained(folder), False)
-        return sum((Path(place) / file_name(graph, precision)).stat().st_size for graph in (ENCODER, DECODER))
+    place = tempfile.TemporaryDirectory()
+    folders.append(place)  # graphs are loaded when they are first used
+    export_onnx(AutoModelForSeq2SeqLM.from_pretrained(folder), place.name, precisions=(precision,))
+    model = RnnSeq2SeqOnnx.from_pretrained(place.name, precision, threads=torch.get_num_threads())
+    models[name] = (model, AutoTokenizer.from_pretrained(folder), False)
+    return sum(path.stat().st_size for path in Path(place.name).glob("*.onnx*"))
 
 
 def decode(
