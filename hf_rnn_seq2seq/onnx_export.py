@@ -103,10 +103,10 @@ def save(proto: "onnx.ModelProto", path: Path) -> None:
     """Writes a graph: a decoder's weights, or very many, into a file of their own beside it, the rest with it."""
     import onnx
 
-    external = path.name.startswith(DECODER) or proto.ByteSize() > EXTERNAL_DATA
-    onnx.save(proto, path, save_as_external_data=external, location=f"{path.name}.data")
-    if external:
-        shutil.copymode(path, f"{path}.data")  # onnx lets nobody else read it
+    external, weights = path.name.startswith(DECODER) or proto.ByteSize() > EXTERNAL_DATA, Path(f"{path}.data")
+    onnx.save(proto, path, save_as_external_data=external, location=weights.name)
+    if weights.exists():  # not with small tensors alone
+        shutil.copymode(path, weights)  # onnx lets nobody else read it
 
 
 def to_onnx(graph: Graph) -> "onnx.ModelProto":
