@@ -142,6 +142,11 @@ def acts_on_ends_alone(model: GenerationMixin) -> bool:
     )
 
 
+def has_own_helpers(model: GenerationMixin) -> bool:
+    """Has some class other beam helpers than transformers'?"""
+    return any(name in vars(cls) for cls in type(model).__mro__ if cls is not GenerationMixin for name in BEAM_HELPERS)
+
+
 def nothing_ends(hits: torch.Tensor, scores: torch.Tensor, beams: int) -> bool:
     """
     No candidate has ended, and it is clear which N are the best, in which order.

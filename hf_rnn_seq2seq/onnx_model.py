@@ -18,7 +18,7 @@ from .beam_options import BeamSearchOptions
 from .cache_rnn_seq2seq import DecoderState, RnnSeq2SeqCache
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
 from .ended_rows import DROPPED_PART, Ended, Ends
-from .fast_generation import every, is_covered
+from .fast_generation import every, has_own_helpers, is_covered
 from .generation_rnn_seq2seq import RnnSeq2SeqGenerationMixin
 from .heads import HEADS
 from .onnx_runner import MOST, PAST, OnnxGraphs, Precision, Tensors, score_inputs
@@ -256,7 +256,8 @@ class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
         longest = self._whole_search_length(input_ids[::beams], config, kwargs)
         options = getattr(config, "_beam_search_options", None)
         few = len(input_ids) <= beams * WHOLE_SEARCH_SOURCES
-        if longest is None or not few or config.do_sample or not in_the_graph(options, config):
+        known = in_the_graph(options, config) and not config.do_sample and not has_own_helpers(self)
+        if longest is None or not few or not known:
             return super()._beam_search(input_ids, generation_config=config, **kwargs)
         kwargs = every(kwargs, beams)
         tensors, width = self.step_inputs(every(kwargs["encoder_outputs"], beams), kwargs.get("copy_ids"))

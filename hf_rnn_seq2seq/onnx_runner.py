@@ -68,7 +68,7 @@ class GreedyResult(NamedTuple):
 class BeamResult(NamedTuple):
     sequences: Array  # ids without the start, best first, -1 behind an end, [B, N, T]
     beam_indices: Array  # for each the row of its step in `attention`, [B, N, T]
-    sequences_scores: Array  # log P / length ** length_penalty, [B, N]
+    sequences_scores: Array  # see `score_inputs`, [B, N]
     attention: Array  # [T, B * N, heads, S']
 
 
@@ -256,7 +256,10 @@ def score_inputs(
     gnmt_length_penalty: float | None = None,
     opennmt_length_penalty: float | None = None,
 ) -> dict[str, float]:
-    """What the graph of beam search wants to know of these, see [`SearchOptions`]."""
+    """
+    What the graph of beam search wants to know of these, see [`SearchOptions`]. A finished hypothesis of n tokens then
+    scores log P / ((n + length_offset) / length_scale) ** length_penalty.
+    """
     alpha, offset, scale, ending = length_penalty, 0.0, 1.0, EARLY_STOPPING[early_stopping]
     if gnmt_length_penalty is not None:  # Wu et al. 2016, eq. 14
         alpha, offset, scale = gnmt_length_penalty, 5.0, 6.0

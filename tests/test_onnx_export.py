@@ -169,6 +169,14 @@ def test_searches_for_few_sources_are_one_call(setting: dict[str, Any], monkeypa
         with pytest.raises(Steps):
             found.generate(**{**batch, **options})
 
+    class OwnHelpers(RnnSeq2SeqOnnx):
+        def _check_early_stop_heuristic(self, **arguments: Any) -> torch.Tensor:  # type: ignore[override]
+            return torch.zeros_like(super()._check_early_stop_heuristic(**arguments))
+
+    found.__class__ = OwnHelpers
+    with pytest.raises(Steps):
+        found.generate(**batch, num_beams=2)
+
 
 def test_prefixes_caches_and_masks() -> None:
     """A prompt, padded on the left, and going on from a cache, as with the model."""
