@@ -18,7 +18,7 @@ CRITERIA = st.one_of(
     st.lists(st.integers(0, 4), min_size=1, max_size=3).map(EosTokenCriteria),
     st.integers(1, 6).map(MaxLengthCriteria),
     st.tuples(st.integers(1, 6), st.integers(1, 6)).map(lambda lengths: MaxLengthCriteria(*lengths)),
-    st.just(1000.0).map(MaxTimeCriteria),
+    st.just(1e9).map(MaxTimeCriteria),
 )
 
 
@@ -46,7 +46,7 @@ class Never(EosTokenCriteria):
         ([EosTokenCriteria(2), MaxLengthCriteria(9)], False),
         ([], False),
         ([Never(2)], True),
-        ([EosTokenCriteria(2), MaxTimeCriteria(1000.0)], True),
+        ([EosTokenCriteria(2), MaxTimeCriteria(1e9)], True),
         ([MaxLengthCriteria(9, max_position_embeddings=4)], True),  # which warns
     ],
 )
