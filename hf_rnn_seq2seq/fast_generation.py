@@ -129,22 +129,22 @@ BEAM_HELPERS = (
 )
 
 
+def classes_with_own_helpers(model: GenerationMixin) -> list[type]:
+    """The classes with other beam helpers than transformers'."""
+    return [
+        cls
+        for cls in type(model).__mro__
+        if cls is not GenerationMixin and any(name in vars(cls) for name in BEAM_HELPERS)
+    ]
+
+
 def acts_on_ends_alone(model: GenerationMixin) -> bool:
     """
     Where none of a step's K candidates has ended, and no source has all its finished hypotheses: are its N best the
     next beams, and is all else as before? So it is with transformers' helpers; a class with others says so by
     `_acts_on_ends_alone`.
     """
-    return all(
-        cls is GenerationMixin or vars(cls).get("_acts_on_ends_alone", False)
-        for cls in type(model).__mro__
-        if any(name in vars(cls) for name in BEAM_HELPERS)
-    )
-
-
-def has_own_helpers(model: GenerationMixin) -> bool:
-    """Has some class other beam helpers than transformers'?"""
-    return any(name in vars(cls) for cls in type(model).__mro__ if cls is not GenerationMixin for name in BEAM_HELPERS)
+    return all(vars(cls).get("_acts_on_ends_alone", False) for cls in classes_with_own_helpers(model))
 
 
 def nothing_ends(hits: torch.Tensor, scores: torch.Tensor, beams: int) -> bool:

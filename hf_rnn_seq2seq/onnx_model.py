@@ -18,7 +18,7 @@ from .beam_options import BeamSearchOptions
 from .cache_rnn_seq2seq import DecoderState, RnnSeq2SeqCache
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
 from .ended_rows import DROPPED_PART, Ended, Ends
-from .fast_generation import every, has_own_helpers, is_covered
+from .fast_generation import classes_with_own_helpers, every, is_covered
 from .generation_rnn_seq2seq import RnnSeq2SeqGenerationMixin
 from .heads import HEADS
 from .onnx_runner import MOST, PAST, OnnxGraphs, Precision, Tensors, score_inputs
@@ -234,7 +234,7 @@ class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
                 pad_token_id=fill,
                 min_going=rows - enough + 1,
                 with_scores=False,
-                width=MOST if width is None else width,
+                width=width,
             )
             new = torch.from_numpy(found.sequences)
             input_ids = cast(torch.LongTensor, torch.cat((input_ids, new), dim=1))
@@ -256,7 +256,7 @@ class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
         longest = self._whole_search_length(input_ids[::beams], config, kwargs)
         options = getattr(config, "_beam_search_options", None)
         few = len(input_ids) <= beams * WHOLE_SEARCH_SOURCES
-        known = in_the_graph(options, config) and not config.do_sample and not has_own_helpers(self)
+        known = in_the_graph(options, config) and not config.do_sample and not classes_with_own_helpers(self)
         if longest is None or not few or not known:
             return super()._beam_search(input_ids, generation_config=config, **kwargs)
         kwargs = every(kwargs, beams)
@@ -269,7 +269,7 @@ class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
             num_beams=beams,
             max_new_tokens=longest,
             eos_token_id=eos,
-            width=MOST if width is None else width,
+            width=width,
             **score_inputs(cast(float, config.length_penalty), cast(bool | str, config.early_stopping), **rule),
         )
         returned = cast(int, config.num_return_sequences)
@@ -297,18 +297,16 @@ class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
             return None
         return max(1, cast(int, ends.max_length) - 1)
 
-    def step_inputs(
-        self, encoder_outputs: Mapping[str, Any], copy_ids: torch.Tensor | None
-    ) -> tuple[Tensors, int | None]:
-        """All that a first step reads but its tokens; and how many of its logits count, `None` if all."""
+    def step_inputs(self, encoder_outputs: Mapping[str, Any], copy_ids: torch.Tensor | None) -> tuple[Tensors, int]:
+        """All that a first step reads but its tokens; and how many of its logits count, `MOST` if all."""
         tensors: Tensors = {
             name: value.numpy() for name, value in encoder_outputs.items() if isinstance(value, torch.Tensor)
         }
         if not HEADS[self.config.head_type].copies:
             if copy_ids is not None:
                 raise ValueError(f"`copy_ids` is for a head that copies, not {self.config.head_type!r}.")
-            return tensors, None
-        width = None
+            return tensors, MOST
+        width = MOST
         if copy_ids is None:
             if not self.config.shared_vocabulary:
                 raise ValueError("`config.head_type`='pointer_generator' with two vocabularies needs `copy_ids`.")

@@ -23,11 +23,11 @@ from onnxscript import OnnxFunction, opset20, script
 from onnxscript.values import Opset
 
 from .onnx_runner import PAST, PRESENT
+from .search_base import NEVER
 
 INT64, FLOAT, BOOL = TensorProto.INT64, TensorProto.FLOAT, TensorProto.BOOL
 
 REPEATED = "repeated_"  # for each beam, what a step reads for each source
-NEVER = -1.0e9  # what transformers adds to the score of what must not be chosen
 ROW = 2**32  # a token and the row that it came from are one number, row * ROW + token
 
 # Both untyped, as are the arguments of the functions that are written with them.
