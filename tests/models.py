@@ -188,11 +188,20 @@ def ragged_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random source ids [B, S] padded on one side or alternately on both, and their mask."""
     generator = torch.Generator().manual_seed(seed)
-    width = max(lengths)
-    source = torch.zeros(len(lengths), width, dtype=torch.long)
+    source = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
     mask = torch.zeros_like(source)
     for row, length in enumerate(lengths):
-        start = {"right": 0, "left": width - length, "both": (width - length) // 2}[side]
-        source[row, start : start + length] = torch.randint(3, ids, (length,), generator=generator)
-        mask[row, start : start + length] = 1
-    return source, mask
+        source[row, :length] = torch.randint(3, ids, (length,), generator=generator)
+        mask[row, :length] = 1
+    batch = padded({"source": source, "mask": mask}, lengths, side)
+    return batch["source"], batch["mask"]
+
+
+def padded(batch: dict[str, torch.Tensor], lengths: list[int], side: str) -> dict[str, torch.Tensor]:
+    """Rows of these lengths with their padding [B, S] on the right, with it on one side or alternately on both."""
+    width = max(lengths)
+    starts = [{"right": 0, "left": width - length, "both": (width - length) // 2}[side] for length in lengths]
+    return {
+        name: torch.stack([row.roll(start) for row, start in zip(rows, starts, strict=True)])
+        for name, rows in batch.items()
+    }

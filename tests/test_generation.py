@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import CONFIGURATIONS, batch_of, copying, name_of, ragged_batch, tiny_model
+from models import CONFIGURATIONS, batch_of, copying, name_of, padded, ragged_batch, tiny_model
 from transformers import DynamicCache, GenerationConfig, TextStreamer, set_seed
 from transformers.generation.streamers import BaseStreamer
 
@@ -86,17 +86,18 @@ def test_beams_reorder_every_part_of_the_state(setting: dict[str, Any]) -> None:
 @pytest.mark.parametrize("beams", [1, 4])
 def test_batched_equals_single(setting: dict[str, Any], beams: int) -> None:
     model = tiny_model(**setting)
-    for side in ("left", "right"):
-        source, mask = ragged_batch(LENGTHS, side)
-        together = generate(model, source, mask, num_beams=beams).sequences
-        for row in range(len(LENGTHS)):
-            ids = source[row][mask[row].bool()].unsqueeze(0)
-            copy = {name: value[row][mask[row].bool()].unsqueeze(0)
-                    for name, value in copying(model.config, source).items()}  # fmt: skip
-            alone = generate(model, ids, torch.ones_like(ids), num_beams=beams, **copy).sequences[0]
-            assert together[row, : len(alone)].tolist() == alone.tolist()
+    source, mask = ragged_batch(LENGTHS)
+    batch = {"source": source, "mask": mask, **copying(model.config, source)}
+    together = [
+        generate(model, **padded(batch, LENGTHS, side), num_beams=beams).sequences for side in ("left", "right")
+    ]
+    for row, length in enumerate(LENGTHS):
+        single = {name: value[row : row + 1, :length] for name, value in batch.items()}
+        alone = generate(model, **single, num_beams=beams).sequences[0].tolist()
+        for batched in together:
+            assert batched[row, : len(alone)].tolist() == alone
             # with padding 0, transformers' beam search fills up with the end of sequence
-            assert torch.isin(together[row, len(alone) :], torch.tensor([0] if beams == 1 else [0, 2])).all()
+            assert torch.isin(batched[row, len(alone) :], torch.tensor([0] if beams == 1 else [0, 2])).all()
 
 
 def test_the_models_of_these_tests_differ_by_mode() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CONFIGURATIONS, batch_of, name_of, ragged_batch, tiny_model
+from models import CONFIGURATIONS, batch_of, name_of, padded, ragged_batch, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from hf_rnn_seq2seq import RnnSeq2SeqCache, additive_scores
@@ -28,24 +28,23 @@ def compare_logits(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 @every_configuration
-@pytest.mark.parametrize("side", ["right", "left", "both"])
-def test_padding_and_batching_change_nothing(setting: dict[str, Any], side: str) -> None:
+def test_padding_and_batching_change_nothing(setting: dict[str, Any]) -> None:
     model = tiny_model(**setting)
-    source, mask = ragged_batch(LENGTHS, side)
-    together = model(**batch_of(model, source, mask), decoder_input_ids=TARGET, output_attentions=True)
-    tokens = model.get_encoder()(source, mask).memory_mask
-    for row in range(3):
-        ids = source[row][mask[row].bool()].unsqueeze(0)
-        alone = model(
-            **({name: value[row : row + 1][:, mask[row].bool()] for name, value in batch_of(model, source).items()}),
-            decoder_input_ids=TARGET[row : row + 1],
-            output_attentions=True,
-        )
-        assert ids.size(1) == LENGTHS[row]
-        compare_logits(together.logits[row], alone.logits[0])
-        for weights, expected in zip(together.cross_attentions, alone.cross_attentions, strict=True):
-            torch.testing.assert_close(weights[row][..., tokens[row]], expected[0], **CLOSE)
-            assert (weights[row][..., ~tokens[row]] == 0).all()
+    options = {"output_attentions": True}
+    batch = batch_of(model, *ragged_batch(LENGTHS))
+    alone = []
+    for row, length in enumerate(LENGTHS):
+        single = {name: rows[row : row + 1, :length] for name, rows in batch.items() if name != "attention_mask"}
+        alone.append(model(**single, decoder_input_ids=TARGET[row : row + 1], **options))
+    for side in ("right", "left", "both"):
+        moved = padded(batch, LENGTHS, side)
+        together = model(**moved, decoder_input_ids=TARGET, **options)
+        tokens = model.get_encoder()(moved["input_ids"], moved["attention_mask"]).memory_mask
+        for row, single in enumerate(alone):
+            compare_logits(together.logits[row], single.logits[0])
+            for weights, expected in zip(together.cross_attentions, single.cross_attentions, strict=True):
+                torch.testing.assert_close(weights[row][..., tokens[row]], expected[0], **CLOSE)
+                assert (weights[row][..., ~tokens[row]] == 0).all()
 
 
 @every_configuration
@@ -108,26 +107,25 @@ def test_left_padded_targets_equal_unpadded(setting: dict[str, Any]) -> None:
 
 
 @every_configuration
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_nothing(setting: dict[str, Any], reentrant: bool) -> None:
+def test_gradient_checkpointing_changes_nothing(setting: dict[str, Any]) -> None:
     recurrent = 0.0 if "ssru" in (setting["cell_type"], setting["decoder_cell_type"]) else 0.3
     model = tiny_model(**setting, recurrent_dropout=recurrent, output_dropout=0.3).train()
-    source, mask = ragged_batch(LENGTHS)
-    batch = batch_of(model, source, mask)
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    batch = batch_of(model, *ragged_batch(LENGTHS))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        """A decoder blind to the source leaves the encoder's out, or makes them zero."""
         model.zero_grad()
         torch.manual_seed(5)
-        loss = model(**batch, labels=TARGET).loss
-        loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    for name, gradient in gradients[0].items():
-        # a decoder blind to the source leaves the encoder's gradients out, or makes them zero
-        parameter = model.get_parameter(name)
-        one, other = (torch.zeros_like(parameter) if grad is None else grad for grad in (gradient, gradients[1][name]))
-        torch.testing.assert_close(other, one, **CLOSE)
+        model(**batch, labels=TARGET).loss.backward()
+        return {
+            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for name, parameter in model.named_parameters()
+        }
+
+    plain = gradients()
+    for reentrant in (True, False):
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        torch.testing.assert_close(gradients(), plain, **CLOSE)
 
 
 @every_configuration

@@ -105,9 +105,10 @@ def test_learns_fifty_words_by_heart(name: str) -> None:
     labels = batch.pop("labels")
     labels = labels.masked_fill(labels == tokenizer.pad_token_id, -100)
     batch = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=500, pct_start=0.1)
-    for _ in range(500):
+    steps = 400  # most presets need a quarter of them
+    optimizer = torch.optim.Adam(model.parameters(), lr=8e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=8e-3, total_steps=steps, pct_start=0.1)
+    for _ in range(steps):
         output = model(**batch, labels=labels)
         optimizer.zero_grad()
         output.loss.backward()
@@ -116,7 +117,7 @@ def test_learns_fifty_words_by_heart(name: str) -> None:
         schedule.step()
         # coverage loss, where there is some, never vanishes: a letter may well have two sounds
         tokens = token_loss(output.logits, labels, "softmax")
-        if tokens < 0.005:
+        if tokens < 0.02:
             break
     assert tokens < 0.02
     model.eval()
