@@ -37,8 +37,8 @@ ROW_WISE_PROCESSORS: frozenset[type] = frozenset(
 )
 ROW_WISE_CRITERIA: frozenset[type] = frozenset({EosTokenCriteria, MaxLengthCriteria, generation.MaxTimeCriteria})
 
-# Rows are dropped when this part of them has ended. Copying those that stay costs less than this part of a step.
-DROPPED_PART = 1 / 8
+# What it costs to copy a row's state and all that it attends to, in steps of that row.
+COPY_STEPS = 0.5
 
 
 class Ends:
@@ -83,6 +83,7 @@ class Ended:
 
     def __init__(self, rows: int, device: torch.device):
         self.running = torch.arange(rows, device=device)  # which rows of the batch are still with us
+        self.wasted = 0  # how many steps rows that had ended were carried along, summed over these rows
         self.rows: list[torch.Tensor] = []
         self.sequences: list[torch.Tensor] = []
 
@@ -91,18 +92,22 @@ class Ended:
         self.rows.append(self.running[ended])
         self.sequences.append(sequences)
         going_on = (~ended).nonzero().squeeze(1)
-        self.running = self.running[going_on]
+        self.running, self.wasted = self.running[going_on], 0
         return going_on
+
+    def should_leave(self, number: int) -> bool:
+        """
+        To be asked before each step: shall so many rows that have ended leave the batch? They are carried along until
+        that has cost as much as to copy the others, so that at most twice the cheapest is spent, whenever rows end.
+        """
+        self.wasted += number
+        return number > 0 and self.wasted >= COPY_STEPS * (len(self.running) - number)
 
     def all_sequences(self, fill: int) -> torch.Tensor:
         """Those of all rows in the batch's order, [B, ..., T], filled up behind."""
         width = max(one.size(-1) for one in self.sequences)
         padded = [nn.functional.pad(one, (0, width - one.size(-1)), value=fill) for one in self.sequences]
         return torch.cat(padded)[torch.cat(self.rows).argsort()]
-
-
-def enough_to_drop(ended: int, rows: int) -> bool:
-    return ended >= max(1, rows * DROPPED_PART)
 
 
 def rows_are_independent(

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from .best_words import best_continuations, best_words
 from .decoding_steps import DecodingSteps, first_steps
-from .ended_rows import Ended, Ends, enough_to_drop, rows_are_independent
+from .ended_rows import Ended, Ends, rows_are_independent
 from .heads import LinearHead
 from .host_memory import keep_for_steps
 from .screening import Screen, screen_of
@@ -107,7 +107,7 @@ def sample(
             number_ended = rows - int(unfinished.sum())
             if number_ended == rows:
                 break
-            if may_drop and enough_to_drop(number_ended, rows):
+            if may_drop and ended.should_leave(number_ended):
                 going_on = ended.add(~unfinished, input_ids[~unfinished])
                 input_ids, tokens, unfinished = (one[going_on] for one in (input_ids, tokens, unfinished))
                 steps.select(going_on)
@@ -291,7 +291,7 @@ def search_beams(
             ):
                 break
             rows = parents + first_rows[: len(parents)]  # [b, N]
-            if may_drop and enough_to_drop(int(done.sum()), len(done)):
+            if may_drop and ended.should_leave(int(done.sum())):
                 going_on = ended.add(done, best(finished[done], lengths[done]))
                 running, running_scores, rows = (one[going_on] for one in (running, running_scores, rows))
                 model._select_sources(going_on)

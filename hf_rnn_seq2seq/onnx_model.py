@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from .beam_options import BeamSearchOptions
 from .cache_rnn_seq2seq import DecoderState, RnnSeq2SeqCache
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
-from .ended_rows import DROPPED_PART, Ended, Ends
+from .ended_rows import COPY_STEPS, Ended, Ends
 from .fast_generation import classes_with_own_helpers, every, is_covered
 from .generation_rnn_seq2seq import RnnSeq2SeqGenerationMixin
 from .heads import HEADS
@@ -215,7 +215,7 @@ class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
     def _sample(  # type: ignore[override]  # `self` is declared as a protocol there
         self, input_ids: torch.LongTensor, *, generation_config: GenerationConfig, **kwargs: Any
     ) -> Any:
-        """Greedy search is one call of ONNX Runtime until enough rows have ended to be dropped."""
+        """Greedy search is one call of ONNX Runtime until it is worth while to drop the rows that have ended."""
         longest = self._whole_search_length(input_ids, generation_config, kwargs)
         if longest is None or generation_config.do_sample:
             return super()._sample(input_ids, generation_config=generation_config, **kwargs)
@@ -225,14 +225,13 @@ class RnnSeq2SeqOnnx(PreTrainedModel, RnnSeq2SeqGenerationMixin):
         ended = Ended(len(input_ids), input_ids.device)
         while True:
             rows = len(input_ids)
-            enough = rows if rows <= WHOLE_SEARCH_SOURCES else math.ceil(rows * DROPPED_PART)
             found = self.graphs.greedy(
                 input_ids[:, -1].numpy(),
                 tensors,
                 max_new_tokens=longest,
                 eos_token_id=eos,
                 pad_token_id=fill,
-                min_going=rows - enough + 1,
+                copy_steps=math.inf if rows <= WHOLE_SEARCH_SOURCES else COPY_STEPS,
                 with_scores=False,
                 width=width,
             )

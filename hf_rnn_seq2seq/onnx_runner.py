@@ -20,6 +20,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -128,14 +129,15 @@ class OnnxGraphs:
         results = self.decoder({**tensors, "input_ids": tokens[:, None]})
         return StepResult(results["logits"], results["attention"], next_state(results))
 
-    def greedy(self, start: Array, tensors: Tensors, **options: int | list[int]) -> GreedyResult:
+    def greedy(self, start: Array, tensors: Tensors, **options: int | float | list[int]) -> GreedyResult:
         """
         Args:
             start: start tokens, [B].
             tensors: as for `step`.
-            options: `max_new_tokens`, `eos_token_id` (a list), `pad_token_id`, `min_going` (it stops when fewer
-                sequences go on), `with_scores` (or they are zeros); of a model that copies `width`, how many of its
-                scores count.
+            options: `max_new_tokens`, `eos_token_id` (a list), `pad_token_id`, `copy_steps` (it stops when sequences
+                that have ended were carried along for so many steps for each of the others; infinity: when all have
+                ended), `with_scores` (or they are zeros); of a model that copies `width`, how many of its scores
+                count.
         """
         results = self.greedy_search({**tensors, "input_ids": start[:, None]}, **options)
         return GreedyResult(results["sequences"], results["scores"], results["attention"], next_state(results))
@@ -466,7 +468,7 @@ class RnnSeq2SeqRunner:
             max_new_tokens=search.new_tokens,
             eos_token_id=self.eos_ids,
             pad_token_id=self.pad_id,
-            min_going=1,
+            copy_steps=math.inf,
             with_scores=True,
             width=width,
         )

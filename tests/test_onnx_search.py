@@ -1,6 +1,8 @@
 """Searches as graphs: around steps of all kinds, with the ids of transformers' loops."""
 
+import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ pytest.importorskip("onnxscript")
 import onnx
 from exported import exported
 
+from hf_rnn_seq2seq import onnx_search
 from hf_rnn_seq2seq.onnx_model import WHOLE_SEARCH_SOURCES, RnnSeq2SeqOnnx
 from hf_rnn_seq2seq.onnx_runner import BEAM_SEARCH, DECODER, GREEDY_SEARCH, OnnxGraphs
-from hf_rnn_seq2seq.onnx_search import beam_search, greedy_search
+from hf_rnn_seq2seq.onnx_search import beam_search, best_of_blocks, greedy_search
 
 # A recurrent step of three lines, whose state is that of the exported encoder: what it likes to say, and how soon it
 # ends, is for its random numbers to say, and no export is needed for each.
@@ -28,7 +31,7 @@ STEP = """
 <ir_version: 10, opset_import: ["" : 20]>
 step (int64[batch, 1] input_ids, float[batch, source, width] memory_values, float[batch, units] past_layer_0_h,
       float[batch, units] past_layer_0_c, float[batch, units] past_feed_0)
-  => (float[batch, vocabulary] logits, float[batch, 1, source] attention, float[batch, units] present_layer_0_h,
+  => (float[batch, WORDS] logits, float[batch, 1, source] attention, float[batch, units] present_layer_0_h,
       float[batch, units] present_layer_0_c, float[batch, units] present_feed_0)
 {
   token = Squeeze(input_ids, last)
@@ -48,10 +51,10 @@ step (int64[batch, 1] input_ids, float[batch, source, width] memory_values, floa
 
 
 def write_searches(folder: Path, seed: int, eos_bias: float) -> None:
-    """Puts a step of random numbers, and its searches, in the place of an export's."""
+    """Puts a step of random numbers, and its searches, in the place of an export's; of 12 words with odd seeds."""
     model, export = exported()
     shutil.copytree(export, folder, dirs_exist_ok=True)
-    units, words = model.config.hidden_size, model.config.vocab_size
+    units, words = model.config.hidden_size, model.config.vocab_size - seed % 2
     numbers = np.random.default_rng(seed)
     bias = numbers.normal(0, 0.5, words)
     bias[2] += eos_bias
@@ -61,7 +64,7 @@ def write_searches(folder: Path, seed: int, eos_bias: float) -> None:
         "bias": bias,
         "half": np.array(0.5),
     }
-    step = onnx.parser.parse_model(STEP)
+    step = onnx.parser.parse_model(STEP.replace("WORDS", str(words)))
     for name, array in arrays.items():
         step.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
     for name, array in (("last", np.array([-1])), ("middle", np.array([1]))):
@@ -70,6 +73,22 @@ def write_searches(folder: Path, seed: int, eos_bias: float) -> None:
     for name, graph in ((DECODER, step), (GREEDY_SEARCH, greedy_search(step)), (BEAM_SEARCH, beam_search(step))):
         onnx.checker.check_model(graph, full_check=True)
         onnx.save(graph, folder / f"{name}.onnx")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def blocks() -> Iterator[None]:
+    """The best of 12 words is found by blocks, that of 13 is not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_search, "BLOCKED_WORDS", 12)
+        yield
+
+
+def test_the_best_by_blocks_is_the_first_highest() -> None:
+    """With many scores alike."""
+    for count, size in ((2, 3), (3, 2), (5, 20), (20, 5)):
+        logits = np.random.default_rng(count).integers(0, 4, (50, count * size)).astype(np.float32)
+        best = best_of_blocks(logits, np.array([0, count, size]))
+        assert best.tolist() == logits.argmax(1)[:, None].tolist()
 
 
 searches = st.fixed_dictionaries(
@@ -121,8 +140,10 @@ def test_greedy_search_in_parts_and_its_scores(tmp_path: Path) -> None:
     source, mask = (tensor.numpy() for tensor in ragged_batch([5, 2, 6, 1, 3]))
     tensors, start = graphs.encode(source, mask), np.array([1, 3, 5, 6, 8])
     options = {"eos_token_id": [2, 4], "pad_token_id": 7, "with_scores": True}
-    whole = graphs.greedy(start, tensors, max_new_tokens=12, min_going=1, **options)
-    unscored = graphs.greedy(start, tensors, max_new_tokens=12, min_going=1, **options | {"with_scores": False})
+    whole = graphs.greedy(start, tensors, max_new_tokens=12, copy_steps=math.inf, **options)
+    unscored = graphs.greedy(
+        start, tensors, max_new_tokens=12, copy_steps=math.inf, **options | {"with_scores": False}
+    )
     assert unscored.scores.tolist() == [0] * 5
     assert unscored.sequences.tolist() == whole.sequences.tolist()
 
@@ -139,13 +160,14 @@ def test_greedy_search_in_parts_and_its_scores(tmp_path: Path) -> None:
         going &= ~np.isin(tokens, [2, 4])
     np.testing.assert_allclose(whole.scores, expected, rtol=1e-5)
 
-    for min_going in (5, 4, 2):
-        part = graphs.greedy(start, tensors, max_new_tokens=12, min_going=min_going, **options)
-        length = part.sequences.shape[1]
+    # Two that have ended and three that have not are worth 2, 4 and 6 steps after the first ones; then there are more.
+    for copy_steps, length in ((0, 1), (1, 2), (2, 3), (4, 4), (5, 5)):
+        part = graphs.greedy(start, tensors, max_new_tokens=12, copy_steps=copy_steps, **options)
         ended = np.isin(part.sequences, [2, 4]).any(1)
-        assert 0 < length < whole.sequences.shape[1]
-        assert ended.sum() > 5 - min_going
+        assert part.sequences.shape[1] == length
         rest = {name: one[~ended] for name, one in (tensors | part.state).items()}
-        others = graphs.greedy(part.sequences[~ended, -1], rest, max_new_tokens=12 - length, min_going=1, **options)
+        others = graphs.greedy(
+            part.sequences[~ended, -1], rest, max_new_tokens=12 - length, copy_steps=math.inf, **options
+        )
         assert part.sequences.tolist() == whole.sequences[:, :length].tolist()
         assert others.sequences.tolist() == whole.sequences[~ended, length:].tolist()
