@@ -39,15 +39,10 @@ def values_of(setting: dict[str, Any]) -> set[tuple[str, int]]:
 
 def covering() -> list[dict[str, Any]]:
     """Some of `CONFIGURATIONS`, few and small, that between them have every value of every axis that any has."""
-
-    def gain(one: dict[str, Any]) -> float:
-        """New values for the time of an export."""
-        return len(values_of(one) & missing) / (3 + one.get("decoder_layers", 1) + one.get("encoder_layers", 1) / 2)
-
     missing = set().union(*(values_of(one) for one in CONFIGURATIONS))
     chosen = []
     while missing:
-        best = max(CONFIGURATIONS, key=gain)
+        best = max(CONFIGURATIONS, key=lambda one: len(values_of(one) & missing) - 0.1 * one.get("encoder_layers", 1))
         chosen.append(best)
         missing -= values_of(best)
     return chosen
