@@ -97,8 +97,8 @@ class Ended:
 
     def should_leave(self, number: int) -> bool:
         """
-        To be asked before each step: shall so many rows that have ended leave the batch? They are carried along until
-        that has cost as much as to copy the others, so that at most twice the cheapest is spent, whenever rows end.
+        To be asked before a step: shall so many rows that have ended leave the batch? They are carried along until
+        that has cost as much as to copy the others. (Exported greedy search has the same rule: `greedy_step`.)
         """
         self.wasted += number
         return number > 0 and self.wasted >= COPY_STEPS * (len(self.running) - number)

@@ -80,7 +80,8 @@ def greedy_step(logits, best, going, score, wasted, eos, pad, copy_steps, with_s
         pad, copy_steps, with_scores: scalars, see [`greedy_search`].
 
     Returns:
-        the next tokens [B, 1]; `going`, `score` and `wasted` with them; and whether to go on.
+        the next tokens [B, 1]; `going`, `score` and `wasted` with them; and whether to go on, by the rule of
+        `Ended.should_leave`.
     """
     if with_scores:
         added = op.GatherElements(op.LogSoftmax(logits, axis=-1), best, axis=-1)

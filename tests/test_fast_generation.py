@@ -257,7 +257,8 @@ def test_sources_that_are_done_are_not_read(options: dict[str, Any], read: list[
     four_times = {name: value.repeat(4, 1) for name, value in batch.items()}
     model.generate(**four_times, max_new_tokens=12, num_beams=3, **options)
     needed = [3 * 4 * sum(steps >= step for steps in alone) for step in range(1, max(alone) + 1)]
-    assert all(rows >= least for rows, least in zip(read, needed, strict=True))
+    for rows, least in zip(read, needed, strict=True):
+        assert least <= rows <= (1 + COPY_STEPS) * least + 3
     assert sum(read) < 1.2 * sum(needed)
     assert sum(read) < 0.8 * len(read) * read[0]  # what it would be if none left
 
