@@ -1,35 +1,25 @@
-"""run_seq2seq.py in processes of their own that can be killed, forked from one that has imported everything."""
+"""run_seq2seq.py in processes of their own that can be killed."""
 
-import gc
-import multiprocessing
 import os
 import resource
 import runpy
 import sys
 from collections.abc import Callable
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import datasets
-import pytest
 import torch
+from forked import CONTEXT, SCRIPT, start
 
 import hf_rnn_seq2seq.trainer as trainer_module
 
-SCRIPT = Path(__file__).parent.parent / "training_scripts" / "run_seq2seq.py"
 PHASES = {
     "training": "training_step",
     "saving": "_save_checkpoint",
     "saving the optimizer": "_save_optimizer_and_scheduler",
     "evaluation": "prediction_step",
 }
-
-runpy.run_path(str(SCRIPT))  # imports what it needs, and no more: this is not __main__
-gc.freeze()  # else the first collection in each process goes through all of that
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["interrupted_run"])
 
 
 class Run:
@@ -50,13 +40,8 @@ class Run:
         file_limit: int | None = None,
     ) -> None:
         self.place = place
-        with pytest.MonkeyPatch.context() as patch:  # the process that is forked finds this module by it
-            patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-            forkserver.ensure_running()
         self.phases, sender = CONTEXT.Pipe(duplex=False)
-        arguments = (flags, str(place), sender, environment or {}, file_limit)
-        self.process = CONTEXT.Process(target=run_script, args=arguments)
-        self.process.start()
+        self.process = start(run_script, flags, str(place), sender, environment or {}, file_limit)
         sender.close()
 
     def reach(self, phase: str, times: int = 1) -> bool:

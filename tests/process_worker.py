@@ -1,6 +1,6 @@
-"""What tests/test_processes.py runs on one process and, launched by torchrun, on several:
+"""What tests/test_processes.py runs on one process and on several, on GPUs launched by Accelerate:
 
-    torchrun --nproc_per_node 2 tests/process_worker.py RESULTS_FOLDER 2 evaluate train:1,2
+    accelerate launch --num_processes 2 tests/process_worker.py RESULTS_FOLDER 2 evaluate train:1,2
 
 calls `evaluate(folder, 2, rank)` and `train(folder, 2, rank, "1", "2")` on every process and writes what each returns
 into `RESULTS_FOLDER/NAME-on-2-RANK.json`. Each function asserts that it runs on so many processes.

@@ -1,14 +1,11 @@
-import json
 import logging
-import os
-import subprocess
-import sys
-import textwrap
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from forked import on_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
@@ -301,16 +298,10 @@ def test_streamed_batches(max_tokens):
     assert [[row["input_ids"][0] for row in next(again)] for _ in epochs[0]] == epochs[0]
 
 
-TWO_PROCESSES = """
-    import json, sys
-    from pathlib import Path
-    import torch
-    sys.path.insert(0, sys.argv[2])
-    from test_batching import token_trainer
-
-    folder = Path(sys.argv[1])
-    options = dict(max_tokens_per_batch=60, num_train_epochs=3, save_strategy="steps", save_steps=1, data_seed=5)
-    options |= dict(per_device_eval_batch_size=4, ddp_find_unused_parameters=False, logging_steps=1)
+def train_and_resume(folder: Path) -> dict[str, list]:
+    options = {"max_tokens_per_batch": 60, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1}
+    options |= {"data_seed": 5, "per_device_eval_batch_size": 4, "logging_steps": 1}
+    options |= {"ddp_find_unused_parameters": False}
     whole = token_trainer(folder / "run", **options)
     assert whole.args.world_size == 2, whole.args.world_size
     whole.train()
@@ -323,30 +314,19 @@ TWO_PROCESSES = """
         assert torch.equal(resumed.model.get_parameter(name), weight), name
     assert [source.tolist() for source, _ in resumed.seen] == seen[step:]
     output = resumed.predict(resumed.eval_dataset)
-    shares = [entry["padding_share"] for entry in whole.state.log_history if "padding_share" in entry]
-    figures = {
+    if whole.args.process_index == 0:
+        resumed.model.save_pretrained(folder / "model")
+    return {
         "epochs": [seen[start : start + per_epoch] for start in range(0, 3 * per_epoch, per_epoch)],
         "labels": output.label_ids.tolist(),
         "predictions": output.predictions.tolist(),
-        "shares": shares,
+        "shares": [entry["padding_share"] for entry in whole.state.log_history if "padding_share" in entry],
     }
-    (folder / f"rank{whole.args.process_index}.json").write_text(json.dumps(figures))
-    resumed.accelerator.wait_for_everyone()
-    if whole.args.process_index == 0:
-        resumed.model.save_pretrained(folder / "model")
-"""
 
 
 def test_two_processes(tmp_path):
     """Every row once an epoch, resuming in a later epoch bit for bit, predictions in the order of one process."""
-    script = tmp_path / "two.py"
-    script.write_text(textwrap.dedent(TWO_PROCESSES))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(
-        [*command, str(tmp_path), os.path.dirname(__file__)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    ranks = on_processes(2, train_and_resume, tmp_path)
     trainer = token_trainer(tmp_path / "one", per_device_eval_batch_size=4)
     rows = sorted(trainer.train_dataset["input_ids"])
     orders = []

@@ -1,14 +1,11 @@
 """Moving averages of the weights over the steps of training, against the recursion in float64."""
 
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from averaged_trainer import STEPS_AN_EPOCH, make_trainer, steps_of
+from forked import on_processes
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, TrainerCallback
 
@@ -54,6 +51,17 @@ def assert_close(model_or_weights, expected):
         model_or_weights = dict(model_or_weights.named_parameters())
     for name, weight in expected.items():
         torch.testing.assert_close(model_or_weights[name].double(), weight, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def weights_of_one_in_two(folder: Path) -> dict[str, list]:
+    recorder = Recorder()
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    options |= {"per_device_train_batch_size": 1, "max_steps": 4, "num_train_epochs": 3}
+    trainer = make_trainer(folder, [recorder], ema_decay=0.7, **options)
+    assert trainer.args.world_size == 2, trainer.args.world_size
+    trainer.train()
+    assert_close(trainer.model, moving_averages(recorder.weights, 0.7, True)[4])
+    return {name: weight.tolist() for name, weight in trainer.model.state_dict().items()}
 
 
 def equal(one, other) -> bool:
@@ -233,34 +241,5 @@ class TestMovingAverage:
             load_training_weights(other, tmp_path / "checkpoint-1")
 
     def test_two_processes_have_one_average(self, tmp_path):
-        script = tmp_path / "two.py"
-        script.write_text(
-            textwrap.dedent(
-                """
-                import sys
-                from pathlib import Path
-                import torch
-                from averaged_trainer import make_trainer
-                from test_moving_average import Recorder, assert_close, moving_averages
-
-                recorder = Recorder()
-                trainer = make_trainer(
-                    Path(sys.argv[1]), [recorder], ema_decay=0.7, per_device_train_batch_size=1, max_steps=4,
-                    eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, num_train_epochs=3,
-                )
-                assert trainer.args.world_size == 2, trainer.args.world_size
-                trainer.train()
-                assert_close(trainer.model, moving_averages(recorder.weights, 0.7, True)[4])
-                torch.save(trainer.model.state_dict(), f"{sys.argv[1]}/{trainer.args.process_index}.pt")
-                """
-            )
-        )
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-        done = subprocess.run(
-            [*command, str(script), str(tmp_path)],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-        assert all(torch.equal(one[name], other[name]) for name in one)
+        one, other = on_processes(2, weights_of_one_in_two, tmp_path)
+        assert one == other

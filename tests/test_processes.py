@@ -1,4 +1,4 @@
-"""Training, evaluation and generation on several processes, really launched, against the same on one."""
+"""Training, evaluation and generation on several processes against the same on one."""
 
 import json
 import os
@@ -12,17 +12,10 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from forked import on_processes
 
 SCRIPTS = Path(__file__).parent.parent / "training_scripts"
 TWO_AND_THREE = [2, pytest.param(3, marks=pytest.mark.slow)]
-
-
-def launch(number: int, script: Path, *arguments: object) -> str:
-    """Run a script on so many processes of this machine and return what they print."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
-    done = subprocess.run([*command, str(script), *map(str, arguments)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +39,8 @@ def results(folder, one):
         if number not in cache:
             if number == 3:
                 on(2)  # for its checkpoints
-            launch(number, Path(process_worker.__file__), folder, number, "evaluate", "shard", "train:1,2", "fsdp")
+            calls = "evaluate", "shard", "train:1,2", "fsdp"
+            on_processes(number, process_worker.main, str(folder), str(number), *calls)
             cache[number] = {
                 name: [json.loads((folder / f"{name}-on-{number}-{rank}.json").read_text()) for rank in range(number)]
                 for name in ("train", "evaluate", "shard", "fsdp")

@@ -1,5 +1,4 @@
 import gzip
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from forked import on_processes
 from scripts import load_script
 from transformers import DataCollatorForSeq2Seq
 
@@ -202,34 +202,17 @@ def test_order_follows_from_the_data_seed(tmp_path):
     assert [source for batch in orders[0] for source in batch] != SOURCES[: sum(map(len, orders[0]))]
 
 
-TWO_PROCESSES = """
-    import json, sys
-    from pathlib import Path
-    sys.path.insert(0, sys.argv[2])
-    from test_streaming import streaming_trainer
-
-    folder, kind = Path(sys.argv[1]), sys.argv[3]
-    where = json.loads((folder / "where.json").read_text())
+def sources_of_one_in_two(folder: Path, where: dict[str, str]) -> list[list[str]]:
     trainer = streaming_trainer(folder / "out", where, max_steps=12, dataloader_num_workers=2, logging_steps=1)
     assert trainer.args.world_size == 2, trainer.args.world_size
     trainer.train()
-    (folder / f"rank{trainer.args.process_index}.json").write_text(json.dumps(trainer.sources()))
-"""
+    return trainer.sources()
 
 
 def test_two_processes_with_two_workers(tmp_path):
     """The four readers share all rows between them, each once, and then again, in another order."""
-    (tmp_path / "where.json").write_text(json.dumps(write_file(tmp_path, "txt.gz")))
-    script = tmp_path / "two.py"
-    script.write_text(textwrap.dedent(TWO_PROCESSES))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(
-        [*command, str(tmp_path), os.path.dirname(__file__), "txt.gz"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
     readers = []
-    for rank in range(2):
-        batches = json.loads((tmp_path / f"rank{rank}.json").read_text())
+    for batches in on_processes(2, sources_of_one_in_two, tmp_path, write_file(tmp_path, "txt.gz")):
         # Batches come from a process's two workers by turns.
         readers += [[source for batch in batches[worker::2] for source in batch] for worker in range(2)]
     passes: list[list[list[str]]] = [[], []]

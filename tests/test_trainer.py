@@ -1,12 +1,14 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from decoding import pack_at_once
+from forked import on_processes
 from transformers import DataCollatorForSeq2Seq
 
 from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration, step_products
@@ -207,48 +209,31 @@ def test_model_card(make_trainer, tmp_path):
     assert "runtime" not in card.text
 
 
-def test_two_processes_predict_each_row_once(make_trainer, tmp_path):
-    """The rows that fill up the last batch are not among the predictions."""
-    import subprocess
-    import sys
-    import textwrap
-
-    script = tmp_path / "two.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import sys
-            import datasets, torch
-            from transformers import DataCollatorForSeq2Seq
-            from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration
-            from hf_rnn_seq2seq.tokenizer_training import TokenizerArguments, build_tokenizer
-            from hf_rnn_seq2seq.trainer import RnnSeq2SeqTrainer, RnnSeq2SeqTrainingArguments
-
-            texts = ["a" * (i % 5 + 1) for i in range(7)]
-            tokenizer = build_tokenizer(texts, texts, TokenizerArguments(source_tokenizer_kind="char"))
-            ids = tokenizer(texts)["input_ids"]
-            rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
-            torch.manual_seed(0)
-            model = RnnSeq2SeqForConditionalGeneration(
-                RnnSeq2SeqConfig(vocab_size=9, source_vocab_size=9, embedding_size=4, hidden_size=4)
-            )
-            args = RnnSeq2SeqTrainingArguments(
-                output_dir=sys.argv[1], per_device_eval_batch_size=2, use_cpu=True, disable_tqdm=True,
-                generation_max_length=6, report_to="none",
-            )
-            assert args.world_size == 2, args.world_size
-            trainer = RnnSeq2SeqTrainer(
-                model=model, args=args, processing_class=tokenizer, data_collator=DataCollatorForSeq2Seq(tokenizer)
-            )
-            output = trainer.predict(rows)
-            assert output.predictions.shape[0] == output.label_ids.shape[0] == 7, output.predictions.shape
-            assert [(row > 0).sum() for row in output.label_ids] == [len(row) for row in ids]
-            """
-        )
+def predict_on_two(folder: Path) -> None:
+    texts = ["a" * (i % 5 + 1) for i in range(7)]
+    tokenizer = build_tokenizer(texts, texts, TokenizerArguments(source_tokenizer_kind="char"))
+    ids = tokenizer(texts)["input_ids"]
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
+    torch.manual_seed(0)
+    config = RnnSeq2SeqConfig(vocab_size=9, source_vocab_size=9, embedding_size=4, hidden_size=4)
+    args = RnnSeq2SeqTrainingArguments(
+        output_dir=str(folder), per_device_eval_batch_size=2, use_cpu=True, disable_tqdm=True, generation_max_length=6
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"]
-    done = subprocess.run([*command, str(script), str(tmp_path / "o")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert args.world_size == 2, args.world_size
+    trainer = RnnSeq2SeqTrainer(
+        model=RnnSeq2SeqForConditionalGeneration(config),
+        args=args,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )
+    output = trainer.predict(rows)
+    assert output.predictions.shape[0] == output.label_ids.shape[0] == 7, output.predictions.shape
+    assert [(row > 0).sum() for row in output.label_ids] == [len(row) for row in ids]
+
+
+def test_two_processes_predict_each_row_once(tmp_path):
+    """The rows that fill up the last batch are not among the predictions."""
+    on_processes(2, predict_on_two, tmp_path)
 
 
 def test_a_resumed_run_has_the_time_of_all_its_parts(make_trainer, tmp_path):

@@ -1,16 +1,14 @@
 """Further losses through the Trainer: their sum, starts and logs, and what each does to a model."""
 
 import itertools
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from forked import on_processes
 from tiny_trainer import make_arguments
 from transformers import default_data_collator
 
@@ -184,46 +182,26 @@ def test_r_drop_brings_passes_with_dropout_together(tmp_path: Path, head: dict[s
     assert distances[1] < 0.8 * distances[0]
 
 
-@pytest.mark.slow
+def log_with_everything(folder: Path, number: int) -> list[dict[str, float]]:
+    rows = [
+        {"input_ids": [4, 5 + n, 12 - n, 6], "labels": [*range(5, 5 + n), *[-100] * (4 - n)], "alignments": [[1, 0]]}
+        for n in (1, 4, 2, 4, 3, 2, 4, 1)
+    ]
+    settings = {**EVERYTHING, "minimum_risk_candidates": "beam", "train_sampling_strategy": "sequential"}
+    settings |= {"scheduled_sampling": "constant", "scheduled_sampling_rate": 1.0}
+    settings |= {"r_drop_weight": 2.0, "output_dropout": NO_DROPOUT}
+    settings |= {"max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 8 // number}
+    trainer = make_trainer(folder / str(number), rows, **settings)
+    assert trainer.args.world_size == number
+    trainer.train()
+    return trainer.state.log_history[:3]
+
+
 def test_two_processes_log_what_one_logs(tmp_path: Path) -> None:
     """Every loss, with free running; targets of different lengths, so that the processes have unequal numbers."""
-    script = tmp_path / "train.py"
-    script.write_text(
-        f"""
-import json, sys
-from pathlib import Path
-
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import test_training_objective as objective
-
-rows = [
-    {{"input_ids": [4, 5 + n, 12 - n, 6], "labels": [*range(5, 5 + n), *[-100] * (4 - n)], "alignments": [[1, 0]]}}
-    for n in (1, 4, 2, 4, 3, 2, 4, 1)
-]
-world, folder = int(sys.argv[1]), Path(sys.argv[2])
-settings = {{**objective.EVERYTHING, "minimum_risk_candidates": "beam", "train_sampling_strategy": "sequential"}}
-settings |= {{"scheduled_sampling": "constant", "scheduled_sampling_rate": 1.0}}
-settings |= {{"r_drop_weight": 2.0, "output_dropout": objective.NO_DROPOUT}}
-trainer = objective.make_trainer(
-    folder, rows, max_steps=3, logging_steps=1, per_device_train_batch_size=8 // world, **settings
-)
-assert trainer.args.world_size == world
-trainer.train()
-if trainer.args.process_index == 0:
-    (folder / "log.json").write_text(json.dumps(trainer.state.log_history[:3]))
-""",
-        encoding="utf-8",
-    )
-    logs = []
-    for world in (1, 2):
-        folder = tmp_path / str(world)
-        folder.mkdir()
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29534"] * (world - 1)
-        command = [sys.executable, *launcher, str(script), str(world), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        logs.append(json.loads((folder / "log.json").read_text()))
-    for one, two in zip(*logs, strict=True):
+    alone = log_with_everything(tmp_path, 1)
+    together, _ = on_processes(2, log_with_everything, tmp_path, 2)
+    for one, two in zip(alone, together, strict=True):
         assert one.keys() == two.keys()
         assert all(two[name] == pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in one.items())
 
