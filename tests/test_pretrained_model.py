@@ -92,11 +92,18 @@ def test_saved_and_loaded(setting: dict[str, Any], tmp_path: Any) -> None:
     assert (loaded.get_output_embeddings().weight is loaded.get_decoder().embed_tokens.weight) == setting[
         "tie_word_embeddings"
     ]
+
+
+@pytest.mark.parametrize("setting", CONFIGURATIONS[::10], ids=name_of)
+def test_the_model_without_its_head_loads(setting: dict[str, Any], tmp_path: Any) -> None:
+    model = tiny_model(**setting)
+    model.save_pretrained(tmp_path)
     body = AutoModel.from_pretrained(tmp_path)
     assert type(body) is RnnSeq2SeqModel
+    source, mask = ragged_batch(LENGTHS)
     features = body(source, attention_mask=mask, decoder_input_ids=TARGET).last_hidden_state
-    expected_features = model.model(source, mask, TARGET).last_hidden_state
-    torch.testing.assert_close(features, expected_features, rtol=1e-12, atol=1e-12)
+    expected = model.model(source, mask, TARGET).last_hidden_state
+    torch.testing.assert_close(features, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
