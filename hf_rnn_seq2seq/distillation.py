@@ -89,9 +89,11 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Any]) -> torch.Tensor:
         """log q of every word after the labels before it, [B, T, W]; `inputs` are the student's."""
-        known = signature(self.model.forward).parameters
-        output = self.model(**{name: value for name, value in inputs.items() if name in known})
-        return cast(torch.Tensor, output.logits)
+        known = signature(self.model.forward).parameters.keys() - {"labels"}  # of which it would make a loss
+        read = {name: value for name, value in inputs.items() if name in known}
+        if "decoder_input_ids" not in read:
+            read["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(inputs["labels"])
+        return cast(torch.Tensor, self.model(**read, use_cache=False).logits)
 
 
 def vocabularies(tokenizer: Any) -> list[dict[str, int]]:
