@@ -47,7 +47,7 @@ class RunArguments:
     )
     metrics: list[str] = field(
         default_factory=lambda: ["sequence_error_rate", "symbol_error_rate"],
-        metadata={"help": "Some of sequence_error_rate, symbol_error_rate, bleu, chrf, rouge, wer, cer."},
+        metadata={"help": "Some of sequence_error_rate, symbol_error_rate, bleu, chrf, meteor, rouge, wer, cer."},
     )
     error_rate_symbols: Literal["whitespace", "characters"] = field(
         default="whitespace",
@@ -58,6 +58,14 @@ class RunArguments:
         metadata={"help": "sacrebleu's tokenizer for bleu: 13a, intl, char, zh, …, or none for tokenized text."},
     )
     bleu_lowercase: bool = field(default=False, metadata={"help": "Compute bleu on lower-cased text."})
+    meteor_stemmer: str = field(
+        default="porter",
+        metadata={"help": "nltk's stemmer for meteor: porter (English), german, french, …, or none."},
+    )
+    meteor_tokenize: Literal["treebank", "whitespace"] = field(
+        default="treebank",
+        metadata={"help": "What meteor takes for words: nltk's, or, in tokenized text, what white space separates."},
+    )
     num_beams: int | None = field(
         default=None,
         metadata={

@@ -24,7 +24,7 @@ TAGS = ["hf_rnn_seq2seq", "rnn", "seq2seq"]
 SPLIT_OF_PREFIX = {"eval": "validation", "predict": "test", "test": "test"}
 # What the Trainer puts among the figures, and is none.
 NO_FIGURES = ("runtime", "samples_per_second", "steps_per_second", "samples", "model_preparation_time")
-SIGNED = ("bleu", "chrf")  # metrics that come with a signature
+SIGNED = ("bleu", "chrf", "meteor")  # metrics that come with a signature
 HYPERPARAMETERS = (
     "learning_rate",
     "lr_scheduler_type",
@@ -149,7 +149,7 @@ def write_model_card(
         f"with `hf_rnn_seq2seq` {versions.get('hf-rnn-seq2seq', __version__)}.\n",
         "## Figures\n",
         figures_table(figures) if figures else "It was not evaluated after training.\n",
-        "Error rates, BLEU, chrF and ROUGE are in percent.\n" if figures else "",
+        "Error rates, BLEU, chrF, METEOR and ROUGE are in percent.\n" if figures else "",
         table(("split", "made with", "signature"), signatures) if signatures else "",
         variants_table(results, variants) if variants else "",
         "" if ensemble is None else ensemble_section(ensemble),

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import evaluate
 import jiwer
+import nltk
 import pytest
 import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nltk.corpus.reader import WordNetCorpusReader
+from nltk.corpus.util import LazyCorpusLoader
 from rouge_score import rouge_scorer
 
 import hf_rnn_seq2seq.metrics
@@ -20,6 +23,8 @@ NEAR_SENTENCES = ["The cat sat on a mat.", "A dog barking ran far away!", "It is
 OTHER_SENTENCES = ["A cat was on the mat.", "The dog ran away, barking!", "it's raining"]
 
 # A small alphabet makes equal symbols, and with them ties between alignments, frequent.
+SCORES = ("bleu", "chrf", "meteor", "rouge1", "rougeL")
+
 texts = st.lists(st.sampled_from(["a", "b", "æ", "tʃ", "한"]), max_size=6).map(" ".join)
 examples = st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=3)), min_size=1, max_size=5)
 
@@ -108,8 +113,8 @@ def test_empty_references_have_defined_figures() -> None:
     assert inserted["cer"] == 300
     assert inserted["sequence_error_rate"] == 50
     for predictions, references in ((["", ""], ["", ""]), (["a b", "c"], ["", ""]), (["", ""], ["a b", "c"])):
-        result = compute_metrics_for(["bleu", "chrf", "rouge"], predictions, references)
-        assert all(value == 0 for name, value in result.items() if name in ("bleu", "chrf", "rouge1", "rougeL"))
+        result = compute_metrics_for(["bleu", "chrf", "meteor", "rouge"], predictions, references)
+        assert all(value == 0 for name, value in result.items() if name in SCORES)
         assert all(math.isfinite(value) for value in result.values() if isinstance(value, float))
 
 
@@ -207,6 +212,59 @@ def test_rouge_stems_on_request() -> None:
     assert one_metric("rouge", ["cats running"], ["cat runs"], use_stemmer=True)["rouge1"] == 100
 
 
+def meteor(matched: int, chunks: int, predicted: int, referred: int) -> float:
+    """Of so many matched words in so many chunks, of texts of so many words."""
+    precision, recall = matched / predicted, matched / referred
+    return 100 * (1 - 0.5 * (chunks / matched) ** 3) * precision * recall / (0.9 * precision + 0.1 * recall)
+
+
+def test_meteor_by_hand() -> None:
+    """Lower-cased words that are equal or have a stem in common, in chunks; of references the best; the mean."""
+    prediction, references = "The cats sat on a mat", ["Their cat was sitting there", "the cat sat on my mat"]
+    assert one_metric("meteor", [prediction], [references])["meteor"] == pytest.approx(meteor(5, 2, 6, 6))
+    plain = one_metric("meteor", [prediction], [references], stemmer="none")
+    assert plain["meteor"] == pytest.approx(meteor(4, 3, 6, 6))
+    assert plain["meteor_signature"].startswith("stem:none|syn:no|tok:treebank|version:nltk-")
+    both = one_metric("meteor", [prediction, "b a"], [references[1], "a b"])["meteor"]
+    assert both == pytest.approx((meteor(5, 2, 6, 6) + meteor(2, 2, 2, 2)) / 2)
+
+
+def test_meteor_options() -> None:
+    assert one_metric("meteor", ["häuser"], ["haus"])["meteor"] == 0
+    assert one_metric("meteor", ["häuser"], ["haus"], stemmer="german")["meteor"] == meteor(1, 1, 1, 1)
+    assert one_metric("meteor", ["end."], ["end"])["meteor"] == pytest.approx(meteor(1, 1, 2, 1))
+    assert one_metric("meteor", ["end."], ["end"], tokenize="whitespace")["meteor"] == 0
+
+
+# A WordNet of one noun with two words for it. Of each part of speech there is an index, the data and exceptions.
+WORDNET = {
+    "lexnames": "".join(f"{number:02}\tnoun.{number}\t1\n" for number in range(4)),
+    "index.noun": "auto n 1 0 1 0 00000000\ncar n 1 0 1 0 00000000\n",
+    "data.adj": "  1 WordNet 3.0 Copyright\n",
+    "data.noun": "00000000 03 n 02 car 0 auto 0 000 | what one drives\n",
+}
+
+
+@pytest.mark.filterwarnings("ignore:The multilingual functions")
+def test_meteor_with_synonyms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = LazyCorpusLoader("wordnet", WordNetCorpusReader, None)  # nltk's own may be loaded already
+    monkeypatch.setattr("hf_rnn_seq2seq.metrics.meteor.meteor.wordnet", fresh)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    with pytest.raises(ValueError, match=r"synonyms=True needs nltk's WordNet, .*python -m nltk\.downloader wordnet"):
+        one_metric("meteor", ["a car"], ["an auto"], synonyms=True)
+    folder = tmp_path / "corpora" / "wordnet"
+    folder.mkdir(parents=True)
+    for part in ("adj", "adv", "noun", "verb"):
+        for name in (f"index.{part}", f"data.{part}", f"{part}.exc"):
+            (folder / name).write_text(WORDNET.get(name, ""))
+    (folder / "lexnames").write_text(WORDNET["lexnames"])
+    (folder / "index.sense").write_text("")
+    result = one_metric("meteor", ["the car"], ["the auto"], synonyms=True)
+    assert result["meteor"] == pytest.approx(meteor(2, 1, 2, 2))
+    assert "syn:wordnet" in result["meteor_signature"]
+    assert one_metric("meteor", ["the car"], ["the auto"])["meteor"] == pytest.approx(meteor(1, 1, 2, 2))
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_loads_by_folder_without_network_and_equals_the_class(name: str) -> None:
     folder = Path(hf_rnn_seq2seq.metrics.__file__).parent / name
@@ -229,9 +287,8 @@ def test_batches_and_single_examples_add_up_to_the_whole(name: str) -> None:
 
 def test_several_metrics_share_one_dict() -> None:
     result = compute_metrics_for(METRICS, SENTENCES, SENTENCES, {"bleu": {"lowercase": True}})
-    assert {"bleu", "bleu_signature", "chrf", "wer", "cer", "rougeLsum", "symbol_error_rate", "exact_match"} <= {
-        *result
-    }
+    figures = {*SCORES, "rougeLsum", "wer", "cer", "symbol_error_rate", "exact_match"}
+    assert figures | {"bleu_signature", "meteor_signature"} <= {*result}
     assert "case:lc" in result["bleu_signature"]
     assert all(isinstance(value, str) == name.endswith("_signature") for name, value in result.items())
     assert result["bleu"] == pytest.approx(100)
@@ -270,6 +327,10 @@ def test_bad_names_and_options_are_refused() -> None:
         one_metric("bleu", ["a"], ["a"], smooth_method="linear")
     with pytest.raises(ValueError, match="symbols must be one of whitespace, characters, not 'words'"):
         one_metric("symbol_error_rate", ["a"], ["a"], symbols="words")
+    with pytest.raises(ValueError, match=r"stemmer must be one of porter, none, .*german.*, not 'klingon'"):
+        one_metric("meteor", ["a"], ["a"], stemmer="klingon")
+    with pytest.raises(ValueError, match="tokenize must be treebank or whitespace, not '13a'"):
+        one_metric("meteor", ["a"], ["a"], tokenize="13a")
     with pytest.raises(ValueError, match="tokenize must be default or whitespace"):
         one_metric("rouge", ["a"], ["a"], tokenize="13a")
     with pytest.raises(ValueError, match="use_stemmer=True needs tokenize='default'"):

@@ -157,13 +157,15 @@ def test_shared_vocabulary_smoothing_and_several_references(script, tmp_path):
     flags = [flag for flag in flags if flag not in KINDS]
     flags += ["--source_tokenizer_kind", "char", "--shared_vocabulary", "--label_smoothing_factor", "0.1"]
     flags += ["--attention_type", "none", "--num_attention_plots", "1"]
-    flags += ["--metrics", "symbol_error_rate", "bleu", "--bleu_tokenize", "none", "--bleu_lowercase"]
+    flags += ["--metrics", "symbol_error_rate", "bleu", "meteor", "--bleu_tokenize", "none", "--bleu_lowercase"]
+    flags += ["--meteor_stemmer", "german", "--meteor_tokenize", "whitespace"]
     flags += ["--error_rate_symbols", "characters", "--max_predict_samples", "4", "--max_eval_samples", "3"]
     results = script.main(flags)
     assert (results["train_samples"], results["eval_samples"], results["predict_samples"]) == (20, 3, 4)
     assert not (tmp_path / "out" / "attention_plots").exists()  # there is nothing to draw
     assert "case:lc" in results["predict_bleu_signature"]
     assert "tok:none" in results["predict_bleu_signature"]
+    assert results["predict_meteor_signature"].startswith("stem:german|syn:no|tok:whitespace|")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["source_vocab_size"] is None
     row = json.loads((tmp_path / "out" / "generated_predictions.jsonl").open(encoding="utf-8").readline())
@@ -179,6 +181,7 @@ def test_shared_vocabulary_smoothing_and_several_references(script, tmp_path):
         (["--do_eval", "--ensemble", "a", "--model_name_or_path", "a"], "without --do_train and --model_name_or_path"),
         (["--do_train", "--bleu_tokenize", "words"], "--bleu_tokenize words: unknown; there are 13a, none"),
         (["--do_train", "--metrics", "blue"], "--metrics blue: unknown; there are sequence_error_rate"),
+        (["--do_train", "--meteor_stemmer", "klingon"], "--meteor_stemmer klingon: unknown; there are porter, none"),
         (["--do_train", "--metrics", "bleu", "--metric_for_best_model", "chrf"], "there are loss, perplexity, bleu"),
         (["--do_train", "--early_stopping_patience", "2"], "needs --metric_for_best_model"),
         (["--do_train", "--resume_from_checkpoint", "nowhere"], "can't be resumed from: trainer_state.json"),

@@ -61,6 +61,7 @@ from hf_rnn_seq2seq.data import (
 from hf_rnn_seq2seq.hyperparameter_search import search_hyperparameters
 from hf_rnn_seq2seq.metrics import METRICS, compute_metrics_for
 from hf_rnn_seq2seq.metrics.bleu.bleu import TOKENIZERS
+from hf_rnn_seq2seq.metrics.meteor.meteor import STEMMERS
 from hf_rnn_seq2seq.model_card import RUN_RECORD_NAME, read_json
 from hf_rnn_seq2seq.pretrained_embeddings import apply_pretrained_embeddings, load_pretrained_embeddings
 from hf_rnn_seq2seq.reports import model_card_arguments, plot_attentions, summary, write_predictions
@@ -113,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
     metric_options: dict[str, dict[str, object]] = {
         "symbol_error_rate": {"symbols": run.error_rate_symbols},
         "bleu": {"tokenize": run.bleu_tokenize, "lowercase": run.bleu_lowercase},
+        "meteor": {"stemmer": run.meteor_stemmer, "tokenize": run.meteor_tokenize},
     }
     scorer = Scorer(tokenizer, run.metrics, metric_options)
     stop = StopOnSignal()
@@ -239,6 +241,8 @@ def check_arguments(args: ScriptArguments) -> None:
             raise ArgumentError(f"--metrics {name}: unknown; there are {', '.join(METRICS)}")
     if run.bleu_tokenize not in TOKENIZERS:
         raise ArgumentError(f"--bleu_tokenize {run.bleu_tokenize}: unknown; there are {', '.join(TOKENIZERS)}")
+    if run.meteor_stemmer not in STEMMERS:
+        raise ArgumentError(f"--meteor_stemmer {run.meteor_stemmer}: unknown; there are {', '.join(STEMMERS)}")
     if training.metric_for_best_model is not None:
         figures = ["loss", "perplexity"]
         if training.predict_with_generate:

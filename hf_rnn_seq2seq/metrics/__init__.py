@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from .bleu.bleu import Bleu
 from .cer.cer import Cer
 from .chrf.chrf import Chrf
+from .meteor.meteor import Meteor
 from .rouge.rouge import Rouge
 from .sequence_error_rate.sequence_error_rate import SequenceErrorRate
 from .symbol_error_rate.symbol_error_rate import SymbolErrorRate
@@ -21,6 +22,7 @@ METRICS: dict[str, type[TextMetric]] = {
     "symbol_error_rate": SymbolErrorRate,
     "bleu": Bleu,
     "chrf": Chrf,
+    "meteor": Meteor,
     "rouge": Rouge,
     "wer": Wer,
     "cer": Cer,
@@ -70,6 +72,7 @@ __all__ = [
     "Bleu",
     "Cer",
     "Chrf",
+    "Meteor",
     "Rouge",
     "SequenceErrorRate",
     "SymbolErrorRate",
