@@ -73,6 +73,13 @@ class RunArguments:
             "evaluation during training has --generation_num_beams."
         },
     )
+    generation_options: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Fields of GenerationConfig and options of beam search as name=value, values in JSON, for what "
+            "--num_beams is for: length_penalty=0, coverage_penalty=0.2"
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after so many evaluations without a better --metric_for_best_model."},

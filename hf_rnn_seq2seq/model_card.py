@@ -372,8 +372,11 @@ def duration(record: Mapping[str, Any], results: Mapping[str, float | str]) -> s
 
 def limits(config: PreTrainedConfig, record: Mapping[str, Any]) -> str:
     given = record["arguments"]
-    beams = record["num_beams"].items()
-    searches = [f"{'greedy search' if n == 1 else f'{n} beams'} ({split})" for split, n in beams]
+    options = record.get("generation_options", {})
+    searches = [
+        " ".join(["greedy search" if n == 1 else f"{n} beams", *options.get(split, []), f"({split})"])
+        for split, n in record["num_beams"].items()
+    ]
     lines = [
         "One training run: another seed gives other figures.",
         "It knows the language, domain and symbols of its training data, and no others; what is outside of its "

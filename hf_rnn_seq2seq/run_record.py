@@ -46,7 +46,8 @@ def write_run_record(
     record["data"] = {**earlier.get("data", {}), **data_record(args, rows)}
     beams = args.run.num_beams or model.generation_config.num_beams or 1
     evaluated = [("validation", args.training.do_eval), ("test", args.training.do_predict)]
-    record["num_beams"] = {**earlier.get("num_beams", {}), **{split: beams for split, done in evaluated if done}}
+    for name, value in (("num_beams", beams), ("generation_options", args.run.generation_options)):
+        record[name] = {**earlier.get(name, {}), **{split: value for split, done in evaluated if done}}
     record["environment"] = {**earlier.get("environment", {}), **recipe_variables(args)}
     if args.training.do_train:
         record |= {

@@ -160,6 +160,7 @@ def test_shared_vocabulary_smoothing_and_several_references(script, tmp_path):
     flags += ["--metrics", "symbol_error_rate", "bleu", "meteor", "--bleu_tokenize", "none", "--bleu_lowercase"]
     flags += ["--meteor_stemmer", "german", "--meteor_tokenize", "whitespace"]
     flags += ["--error_rate_symbols", "characters", "--max_predict_samples", "4", "--max_eval_samples", "3"]
+    flags += ["--num_beams", "2", "--generation_options", "min_new_tokens=6", "coverage_penalty=0"]
     results = script.main(flags)
     assert (results["train_samples"], results["eval_samples"], results["predict_samples"]) == (20, 3, 4)
     assert not (tmp_path / "out" / "attention_plots").exists()  # there is nothing to draw
@@ -168,6 +169,11 @@ def test_shared_vocabulary_smoothing_and_several_references(script, tmp_path):
     assert results["predict_meteor_signature"].startswith("stem:german|syn:no|tok:whitespace|")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["source_vocab_size"] is None
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {"num_beams": 2, "min_new_tokens": 6, "coverage_penalty": 0}.items() <= generation.items()
+    texts = (tmp_path / "out" / "generated_predictions.txt").read_text(encoding="utf-8").splitlines()
+    assert all(len(text) >= 5 for text in texts)  # an end of sequence is a token, too
+    assert "2 beams min_new_tokens=6 coverage_penalty=0 (test)" in (tmp_path / "out" / "README.md").read_text("utf-8")
     row = json.loads((tmp_path / "out" / "generated_predictions.jsonl").open(encoding="utf-8").readline())
     assert row["references"] == ["abc", "cba"]
 
@@ -181,6 +187,17 @@ def test_shared_vocabulary_smoothing_and_several_references(script, tmp_path):
         (["--do_eval", "--ensemble", "a", "--model_name_or_path", "a"], "without --do_train and --model_name_or_path"),
         (["--do_train", "--bleu_tokenize", "words"], "--bleu_tokenize words: unknown; there are 13a, none"),
         (["--do_train", "--metrics", "blue"], "--metrics blue: unknown; there are sequence_error_rate"),
+        (["--do_train", "--generation_options", "lenght_penalty=0"], "did you mean length_penalty"),
+        (["--do_train", "--generation_options", "num_beams=4"], "it is a flag of its own, --num_beams"),
+        (["--do_train", "--generation_options", "length_penalty=0"], "length_penalty=0: needs --num_beams greater"),
+        (
+            ["--do_train", "--num_beams", "2", "--generation_options", "early_stopping=perhaps"],
+            "perhaps: .*early_stopping",
+        ),
+        (
+            ["--do_train", "--num_beams", "2", "--generation_options", "coverage_penalty=x"],
+            "coverage_penalty=x: .*coverage_penalty",
+        ),
         (["--do_train", "--meteor_stemmer", "klingon"], "--meteor_stemmer klingon: unknown; there are porter, none"),
         (["--do_train", "--metrics", "bleu", "--metric_for_best_model", "chrf"], "there are loss, perplexity, bleu"),
         (["--do_train", "--early_stopping_patience", "2"], "needs --metric_for_best_model"),

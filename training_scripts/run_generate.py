@@ -43,6 +43,7 @@ from transformers.utils.logging import disable_progress_bar
 import hf_rnn_seq2seq  # noqa: F401  # registers the model with the Auto classes
 from hf_rnn_seq2seq.beam_options import take_options
 from hf_rnn_seq2seq.ensemble import ENSEMBLE_FILE, Average, RnnSeq2SeqEnsemble
+from hf_rnn_seq2seq.generation_options import read_generation_options
 from hf_rnn_seq2seq.pipeline_rnn_seq2seq import MAX_NEW_TOKENS, read_sequences
 from hf_rnn_seq2seq.unknown_words import read_dictionary, replace_unknown_words, tokenize_with_words
 
@@ -158,18 +159,14 @@ def make_generation_config(args: GenerateArguments, model_config: GenerationConf
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.do_sample:
         options["do_sample"] = True
-    for option in args.generation_options:
-        name, equals, text = option.partition("=")
-        if not equals or name not in GenerationConfig().to_dict():
-            raise SystemExit(
-                f"--generation_options {option}: must be name=value, the name a field of GenerationConfig"
-            )
+    try:
+        others = read_generation_options(args.generation_options)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    for name in others:
         if name in options:
-            raise SystemExit(f"--generation_options {option}: {name} is given twice")
-        try:
-            options[name] = json.loads(text)
-        except json.JSONDecodeError:
-            options[name] = text
+            raise SystemExit(f"--generation_options {name}: {name} is given twice")
+    options |= others
     # The two limits exclude each other, and the one given now is the one that is meant.
     merged = {**model_config.to_dict(), **options}
     if "max_new_tokens" in options and "max_length" not in options:

@@ -58,6 +58,7 @@ from hf_rnn_seq2seq.data import (
     stream_train_data,
     tokenize_stream,
 )
+from hf_rnn_seq2seq.generation_options import check_generation_options, read_generation_options
 from hf_rnn_seq2seq.hyperparameter_search import search_hyperparameters
 from hf_rnn_seq2seq.metrics import METRICS, compute_metrics_for
 from hf_rnn_seq2seq.metrics.bleu.bleu import TOKENIZERS
@@ -165,8 +166,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         samples = {} if args.data.streaming else {"train_samples": len(data["train"])}
         record("train", {**outcome.metrics, **samples, **embedding_figures})
         trainer.save_state()
-    if run.num_beams is not None:
-        model.generation_config.num_beams = run.num_beams
+    beams = {} if run.num_beams is None else {"num_beams": run.num_beams}
+    for name, value in {**beams, **read_generation_options(run.generation_options)}.items():
+        setattr(model.generation_config, name, value)
     if training.do_train:
         with writing_to(args.output_dir):
             trainer.save_model()
@@ -243,6 +245,10 @@ def check_arguments(args: ScriptArguments) -> None:
         raise ArgumentError(f"--bleu_tokenize {run.bleu_tokenize}: unknown; there are {', '.join(TOKENIZERS)}")
     if run.meteor_stemmer not in STEMMERS:
         raise ArgumentError(f"--meteor_stemmer {run.meteor_stemmer}: unknown; there are {', '.join(STEMMERS)}")
+    try:
+        check_generation_options(run.generation_options, run.num_beams or 1)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
     if training.metric_for_best_model is not None:
         figures = ["loss", "perplexity"]
         if training.predict_with_generate:
