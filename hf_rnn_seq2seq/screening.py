@@ -32,6 +32,8 @@ from .step_products import StepLinear, linear, loop_weights, version_of
 
 # A number rounded to bfloat16, which keeps 8 bits of it, is off by at most this part.
 ROUNDING = 2.0**-8
+# Adding b in float32, to a rough score and to the exact one, may lose this part of the score; half of it, in truth.
+ADDING = 2.0**-22
 # A matrix with fewer numbers is not worth the search for candidates.
 WORTH_SCREENING = 2**20
 # More candidates a row, or a larger part of the vocabulary, cost as much as exact scores of all words.
@@ -69,7 +71,8 @@ class Bfloat16Scores:
 
         Rounding w, x and their product, each by a part of u = `ROUNDING` at most, changes it by no more than
         ((1 + u)^3 - 1) sum_h |w_h x_h|, where the sum is at most |w| |x| (Cauchy and Schwarz). The rest is for what
-        summing H products in float32 may lose, here and in exact scores: 2 H 2^-23 |w| |x|.
+        summing H products in float32 may lose, here and in exact scores: 2 H 2^-23 |w| |x|. What adding b loses is
+        left to whoever knows the score, see `ADDING`.
         """
         rounded = x.bfloat16()
         if self.packed is not None:
@@ -179,6 +182,7 @@ class Screen:
         scores, errors = rough_scores(x)
         rough = scores.unflatten(1, (-1, BLOCK))  # [R, C, D]
         maxima = rough.amax(2)
+        errors = errors + ADDING * maxima.amax(1, keepdim=True).abs()  # scores far below the highest don't matter
         # What is less is not the best one, [R, 1].
         thresholds = (maxima - errors).amax(1, keepdim=True)
         errors = errors.expand_as(maxima)
