@@ -2,16 +2,20 @@
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import GenerationConfig
 
 from .beam_options import OPTIONS, take_options
 
 
-def read_generation_options(options: Sequence[str]) -> dict[str, object]:
+def read_generation_options(options: Sequence[str], given: Collection[str] = ()) -> dict[str, object]:
     """
     `["length_penalty=0", "coverage_penalty=0.2"]` by name; values are JSON, or else texts.
+
+    Args:
+        options: what follows the flag.
+        given: names that flags of their own have given.
 
     Raises:
         ValueError: a name that generate() does not know, no value, or a name that is given twice.
@@ -26,7 +30,7 @@ def read_generation_options(options: Sequence[str]) -> dict[str, object]:
                 f"--generation_options {option}: must be name=value, the name a field of GenerationConfig or an "
                 f"option of beam search{f' (did you mean {near[0]}?)' if near else ''}"
             )
-        if name in found:
+        if name in found or name in given:
             raise ValueError(f"--generation_options {option}: {name} is given twice")
         try:
             found[name] = json.loads(text)

@@ -4,7 +4,6 @@ import gc
 import multiprocessing
 import os
 import runpy
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from ports import free_port
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "run_seq2seq.py"
 
@@ -37,10 +37,7 @@ def start(function: Callable[..., None], *arguments: object) -> BaseProcess:
 
 def on_processes(number: int, function: Callable[..., Any], *arguments: object) -> list[Any]:
     """What a function of a module returns on each of so many processes that torchrun might have launched, by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes, ranks = [], {}
+    port, processes, ranks = free_port(), [], {}
     for rank in range(number):
         receiver, sender = CONTEXT.Pipe(duplex=False)
         ranks[receiver] = rank

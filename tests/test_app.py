@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from ports import free_port
 from scripts import FOLDER, load_script
 from transformers import pipeline
 
@@ -222,9 +223,7 @@ def test_wrong_arguments_are_refused(
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
     (folder / "examples.txt").write_text("\n".join([*PAIRS, ""]), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     variables = {"MODEL": str(folder), "EXAMPLES": str(folder / "examples.txt"), "GRADIO_SERVER_PORT": str(port)}
     variables |= LOCAL | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
     with (folder / "log").open("w") as log:

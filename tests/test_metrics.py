@@ -22,9 +22,9 @@ SENTENCES = ["The cat sat on the mat.", "A dog, barking loudly, ran away!", "it'
 NEAR_SENTENCES = ["The cat sat on a mat.", "A dog barking ran far away!", "It is raining"]
 OTHER_SENTENCES = ["A cat was on the mat.", "The dog ran away, barking!", "it's raining"]
 
-# A small alphabet makes equal symbols, and with them ties between alignments, frequent.
 SCORES = ("bleu", "chrf", "meteor", "rouge1", "rougeL")
 
+# A small alphabet makes equal symbols, and with them ties between alignments, frequent.
 texts = st.lists(st.sampled_from(["a", "b", "æ", "tʃ", "한"]), max_size=6).map(" ".join)
 examples = st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=3)), min_size=1, max_size=5)
 

@@ -58,7 +58,7 @@ def is_learning(command: str) -> bool:
 
 def run(folder: Path, command: list[str], stdin: str = "", **environment: str) -> str:
     if command[:2] == ["python", "training_scripts/run_seq2seq.py"]:
-        script = Run(command[2:], folder)
+        script = Run(command[2:], folder, environment)
         assert script.end() == 0, script.printed[-3000:]
         return script.printed
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}

@@ -41,7 +41,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 import hf_rnn_seq2seq  # noqa: F401  # registers the model with the Auto classes
-from hf_rnn_seq2seq.beam_options import take_options
+from hf_rnn_seq2seq.beam_options import OPTIONS, take_options
 from hf_rnn_seq2seq.ensemble import ENSEMBLE_FILE, Average, RnnSeq2SeqEnsemble
 from hf_rnn_seq2seq.generation_options import read_generation_options
 from hf_rnn_seq2seq.pipeline_rnn_seq2seq import MAX_NEW_TOKENS, read_sequences
@@ -160,13 +160,9 @@ def make_generation_config(args: GenerateArguments, model_config: GenerationConf
     if args.do_sample:
         options["do_sample"] = True
     try:
-        others = read_generation_options(args.generation_options)
+        options |= read_generation_options(args.generation_options, options)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    for name in others:
-        if name in options:
-            raise SystemExit(f"--generation_options {name}: {name} is given twice")
-    options |= others
     # The two limits exclude each other, and the one given now is the one that is meant.
     merged = {**model_config.to_dict(), **options}
     if "max_new_tokens" in options and "max_length" not in options:
@@ -186,7 +182,7 @@ def make_generation_config(args: GenerateArguments, model_config: GenerationConf
         for name in ("temperature", "top_k", "top_p"):
             if name in options:
                 raise SystemExit(f"--{name} {options[name]} needs --do_sample")
-    for name in ("length_penalty", *BEAM_OPTIONS):
+    for name in ("length_penalty", *OPTIONS):
         if name in options and beams == 1:
             raise SystemExit(f"--{name} {options[name]} needs --num_beams greater than 1")
     if args.force_words and beams == 1:
@@ -198,7 +194,7 @@ def make_generation_config(args: GenerateArguments, model_config: GenerationConf
         merged["gnmt_length_penalty"] = None
     try:
         config = GenerationConfig.from_dict(merged)
-        if options.keys() & set(BEAM_OPTIONS):  # what generate() would refuse later
+        if options.keys() & set(OPTIONS):  # what generate() would refuse later
             penalty = merged.get("length_penalty")
             defaults = {"num_beams": beams, "length_penalty": 1.0 if penalty is None else penalty}
             take_options(GenerationConfig.from_dict({**merged, **defaults}), {}, {})

@@ -166,8 +166,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         samples = {} if args.data.streaming else {"train_samples": len(data["train"])}
         record("train", {**outcome.metrics, **samples, **embedding_figures})
         trainer.save_state()
-    beams = {} if run.num_beams is None else {"num_beams": run.num_beams}
-    for name, value in {**beams, **read_generation_options(run.generation_options)}.items():
+    if run.num_beams is not None:
+        model.generation_config.num_beams = run.num_beams
+    for name, value in read_generation_options(run.generation_options).items():
         setattr(model.generation_config, name, value)
     if training.do_train:
         with writing_to(args.output_dir):
