@@ -2,7 +2,8 @@
 The best words of a large vocabulary.
 
 The best one is numpy's to find on a CPU. The several best are found by blocks of neighbouring words: one quick pass
-over all of it finds each block's best score, and only the blocks with the best of these are searched.
+over all of it finds each block's best score, and only the blocks with the best of these are searched. Of log-probabilities
+no others are made than theirs.
 
 Shape letters: b sources, N beams a source, rows are b * N, K candidates a source, V vocabulary, D words a block.
 """
@@ -13,6 +14,10 @@ import torch
 BLOCK = 64
 # For fewer numbers than this a single search is as fast. (On a CPU; on others it was not measured.)
 WORTH_BLOCKS = 2**16
+# How many exponentials are made and added up at a time: as many as a core's cache holds.
+PIECE = 2**19
+# Between -60 and 60 exponentials of float32 have room for a sum over any vocabulary, with nothing taken off first.
+ROOM = 60.0
 
 
 def best_words(scores: torch.Tensor) -> torch.Tensor:
@@ -40,7 +45,7 @@ def best_continuations(
         Their scores [b, K], and their places in a source's N * V continuations [b, K].
     """
     if _worth_blocks(log_probs, kept):
-        best, places = _by_blocks(log_probs, running_scores, kept)
+        best, places = _by_blocks(log_probs, _maxima(log_probs), running_scores, kept)
         if not best[:, -1].isneginf().any():  # else words without a probability, which all tie, are among the best
             return best, places
     scores = log_probs.reshape(*running_scores.shape, -1) + running_scores[:, :, None]
@@ -48,17 +53,43 @@ def best_continuations(
     return best, places
 
 
-def _by_blocks(log_probs: torch.Tensor, running_scores: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+def most_probable_continuations(
+    logits: torch.Tensor, running_scores: torch.Tensor, kept: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `best_continuations` of log p = log softmax(logits), as logits [b * N, V]; all in float32.
+
+    log p is a logit less one number of its row, log sum_w exp(logit_w), so a row's order is that of its logits.
+    """
+    if _worth_blocks(logits, kept):
+        maxima = _maxima(logits).float()
+        offsets = running_scores - _log_sums(logits, maxima).view_as(running_scores)
+        best, places = _by_blocks(logits, maxima, offsets, kept)
+        if not best[:, -1].isneginf().any():
+            return best, places
+    return best_continuations(torch.log_softmax(logits, dim=-1, dtype=torch.float32), running_scores, kept)
+
+
+def _log_sums(logits: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
+    """log sum_w exp(logit_w), [rows, V] -> [rows] in float32; `maxima` of each row, [rows, *]."""
+    highest = maxima.amax(1)
+    if not bool((highest.abs() <= ROOM).all()):
+        return torch.logsumexp(logits.float(), dim=1)
+    pieces = logits.split(max(1, PIECE // logits.size(1)))
+    return torch.cat([piece.float().exp().sum(1) for piece in pieces]).log()
+
+
+def _by_blocks(
+    log_probs: torch.Tensor, maxima: torch.Tensor, running_scores: torch.Tensor, kept: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     (sources, beams), vocabulary = running_scores.shape, log_probs.size(1)
-    maxima = _maxima(log_probs)
     blocks = maxima.size(1)
     maxima = maxima.view(sources, beams, blocks) + running_scores[:, :, None]
     chosen = maxima.flatten(1).topk(kept).indices  # the K best words lie in these blocks, [b, K]
     beam, words = chosen // blocks, _words(chosen % blocks)
     places = (beam[:, :, None] * vocabulary + words.clamp(max=vocabulary - 1)).flatten(1)
-    scores = (
-        log_probs.reshape(sources, -1).gather(1, places).view_as(words) + running_scores.gather(1, beam)[:, :, None]
-    )
+    found = log_probs.reshape(sources, -1).gather(1, places).to(running_scores.dtype)
+    scores = found.view_as(words) + running_scores.gather(1, beam)[:, :, None]
     scores = scores.masked_fill(words >= vocabulary, -torch.inf).flatten(1)
     best, where = scores.topk(kept)
     return best, places.gather(1, where)

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
-from .best_words import best_continuations, best_words
+from .best_words import best_continuations, best_words, most_probable_continuations
 from .decoding_steps import DecodingSteps, first_steps
 from .ended_rows import Ended, Ends, rows_are_independent
 from .heads import LinearHead
@@ -219,22 +219,19 @@ def search_beams(
         logits = outputs.logits[:, -1].repeat_interleave(beams, dim=0)
         del outputs
         steps.repeat(beams)
-        # One piece of memory for all steps' scores: several new ones a step would be given back and taken anew.
-        room = torch.empty(logits.numel(), device=device)
         while True:
             length = running.size(2)
-            if logits_processor:  # which may keep what it is given
+            if logits_processor or config.do_sample:
                 log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
                 log_probs = logits_processor(running.flatten(0, 1), log_probs)  # type: ignore[arg-type]
-            else:
-                place = room[: logits.numel()].view_as(logits)
-                log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=place)
             if config.do_sample:
                 scores = (log_probs.view(-1, beams, logits.size(1)) + running_scores[:, :, None]).flatten(1)
                 chosen = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=kept)  # of [b, N * V]
                 top_scores = scores.gather(1, chosen)
-            else:
+            elif logits_processor:
                 top_scores, chosen = best_continuations(log_probs, running_scores, kept)  # [b, K]
+            else:
+                top_scores, chosen = most_probable_continuations(logits, running_scores, kept)
             parents, tokens = chosen // logits.size(1), chosen % logits.size(1)
             top = torch.cat((model._gather_beams(running, parents), tokens[:, :, None]), dim=2)
             hits = ends(top)  # [b, K]
