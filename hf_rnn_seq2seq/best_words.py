@@ -2,8 +2,8 @@
 The best words of a large vocabulary.
 
 The best one is numpy's to find on a CPU. The several best are found by blocks of neighbouring words: one quick pass
-over all of it finds each block's best score, and only the blocks with the best of these are searched. Of log-probabilities
-no others are made than theirs.
+over all of it finds each block's best score, and only the blocks with the best of these are searched. No words but
+theirs get a log-probability.
 
 Shape letters: b sources, N beams a source, rows are b * N, K candidates a source, V vocabulary, D words a block.
 """
