@@ -27,11 +27,22 @@ def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = rows_of(tmp_path / "train.json")
     names = [row["name"] for row in rows]
     assert names[0] == "ours"
-    assert names[-2:] == ["products alone, highest", "products alone, medium"]
+    products = ["matrix products alone, highest", "matrix products alone, medium"]
+    assert names[-3:] == [*products, "the same, cross entropy and Adam"]
     assert all(row["median"] > 0 for row in rows)
     printed = capsys.readouterr().out
-    assert all(name.replace("products", "matrix products") in printed for name in names)
+    assert all(name in printed for name in names)
     assert "OpenNMT-py: left out, no --opennmt_python" in printed
+
+
+def test_lengths_are_those_asked_for() -> None:
+    for length in (12.2, 50.0):
+        batches = load_script("benchmark").captions(10, 64, 100, 90, length)
+        assert [len(batch["source"]) for batch in batches] == [64] * 10
+        for side, words in (("source", 100), ("target", 90)):
+            rows = [row for batch in batches for row in batch[side]]
+            assert abs(sum(map(len, rows)) / len(rows) - length) < 0.05 * length
+            assert {id for row in rows for id in row} == set(range(4, words))
 
 
 def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

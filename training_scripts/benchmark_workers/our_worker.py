@@ -4,6 +4,7 @@ import contextlib
 import resource
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -56,26 +57,38 @@ def recommended(rows: int, width: int) -> str:
 
 
 def limit(
-    batches: list[Batch], precision: str, source_vocab: int, target_vocab: int, hidden: int, embedding: int
+    batches: list[Batch],
+    precision: str,
+    source_vocab: int,
+    target_vocab: int,
+    hidden: int,
+    embedding: int,
+    parameters: int = 0,
 ) -> float:
-    """Seconds of nothing but the matrix products of these updates: additive attention, input feeding, one layer."""
+    """
+    Seconds of nothing but the matrix products of these updates: additive attention, input feeding, one layer; with the
+    number of the model's `parameters` also of cross entropy and Adam.
+    """
     torch.set_float32_matmul_precision(precision)
+    seconds: list[float] = []
+
+    def timed(work: Callable[[], object]) -> None:
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
 
     def products(rows: int, inputs: int, outputs: int, steps: int = 1) -> None:
         """Forward, and backward to the input, step by step; backward to the weight for all steps."""
         x, grad, w = torch.randn(rows, inputs), torch.randn(rows, outputs), torch.randn(outputs, inputs)
-        start = time.perf_counter()
-        for _ in (None,) * steps:
-            torch.nn.functional.linear(x, w)
-        for _ in (None,) * steps:
-            grad @ w
-        copying = time.perf_counter()
-        x, grad = x.repeat(steps, 1), grad.repeat(steps, 1)
-        copied = time.perf_counter() - copying
-        grad.t() @ x
-        seconds.append(time.perf_counter() - start - copied)
+        all_x, all_grads = x.repeat(steps, 1), grad.repeat(steps, 1)
+        timed(lambda: [torch.nn.functional.linear(x, w) for _ in range(steps)])
+        timed(lambda: [grad @ w for _ in range(steps)])
+        timed(lambda: all_grads.t() @ all_x)
 
-    seconds: list[float] = []
+    weights = torch.zeros(parameters, requires_grad=True)
+    weights.grad = torch.ones(parameters)
+    adam = torch.optim.Adam([weights], 1e-3, fused=True)
+    adam.step()  # makes room for the moments
     for batch in batches:
         rows = len(batch["source"])
         s, t = (max(len(row) for row in batch[side]) for side in ("source", "target"))
@@ -88,6 +101,11 @@ def limit(
         products(rows, hidden, hidden, t)  # queries
         products(rows, 2 * hidden, hidden, t)  # features
         products(rows * t, hidden, target_vocab)  # scores
+        if parameters:
+            scores = torch.randn(rows * t, target_vocab, requires_grad=True)
+            labels = torch.randint(target_vocab, (rows * t,))
+            timed(lambda scores=scores, labels=labels: torch.nn.functional.cross_entropy(scores, labels).backward())
+            timed(adam.step)
     return sum(seconds)
 
 
