@@ -370,7 +370,11 @@ def test_bfloat16(setting: dict[str, Any]) -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("encoder_type", ENCODERS)
+# In the ordinary run the loop over time is compiled by the pyramid alone; whole models with "rnn" are in test_compile.
+TO_COMPILE = [pytest.param(name, marks=pytest.mark.slow) if name in ("rnn", "gnmt") else name for name in ENCODERS]
+
+
+@pytest.mark.parametrize("encoder_type", TO_COMPILE)
 def test_compiles_as_one_graph(encoder_type: str) -> None:
     torch._dynamo.reset()
     encoder = tiny_encoder(**BODIES[encoder_type], reverse_source=True)
