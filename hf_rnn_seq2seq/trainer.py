@@ -144,16 +144,17 @@ class RnnSeq2SeqTrainer(ObjectiveTrainer, OptimizationTrainer, BatchingTrainer, 
             self.add_callback(MatmulPrecision(self.args.float32_matmul_precision))
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As everywhere in transformers; of a run that was resumed `train_total_runtime` has all of its seconds."""
+        """As everywhere in transformers; `train_total_runtime` adds the parts before a resumption."""
         own = self.args if isinstance(self.args, RnnSeq2SeqTrainingArguments) else None
         if own is not None and own.keep_freed_memory and own.device.type == "cpu":
             keep_for_training()
+        self.training_time.forget()
         before = torch.get_float32_matmul_precision()
         try:
             output = super().train(*args, **kwargs)
         finally:
             torch.set_float32_matmul_precision(before)
-        output.metrics["train_total_runtime"] = round(self.training_time.seconds, 4)
+        output.metrics["train_total_runtime"] = round(self.training_time.before + output.metrics["train_runtime"], 4)
         return output
 
     def _averaged(self) -> AbstractContextManager[None]:

@@ -15,18 +15,19 @@ class TrainingTime(TrainerCallback, ExportableState):
     """
 
     def __init__(self) -> None:
-        self.before = 0.0  # this process began
-        self.began = time.monotonic()
+        self.before = 0.0  # this process began to train
+        self.began: float | None = None
 
-    @property
-    def seconds(self) -> float:
-        return self.before + time.monotonic() - self.began
+    def forget(self) -> None:
+        """Before a training: the Trainer asks for the state at its start, too; what came before is no part."""
+        self.before, self.began = 0.0, None
 
     def state(self) -> dict[str, dict[str, float]]:
-        return {"args": {}, "attributes": {"seconds": self.seconds}}
+        here = 0.0 if self.began is None else time.monotonic() - self.began
+        return {"args": {}, "attributes": {"seconds": self.before + here}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        self.began = time.monotonic()
         self.before = saved_attributes(self, state).get("seconds", 0.0)
+        self.began = time.monotonic()
