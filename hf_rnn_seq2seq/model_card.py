@@ -338,7 +338,7 @@ def reproduction(record: Mapping[str, Any]) -> str:
     for split, data in record["data"].items():
         files = ", ".join(f"{file['name']} ({(file['sha256'] or 'a folder')[:16]})" for file in data["files"])
         rows = "streamed" if data["rows"] is None else f"{data['rows']:,}"
-        lines.append((split, rows, files or data.get("dataset", "")))
+        lines.append((split, rows, ", ".join(name for name in (data.get("dataset"), files) if name)))
     variables = record["environment"]
     exports = "".join(
         f"export {name}={shlex.quote(value)}\n" for name, value in variables.items() if value is not None

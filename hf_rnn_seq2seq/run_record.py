@@ -91,6 +91,8 @@ def data_record(args: ScriptArguments, rows: Mapping[str, int]) -> dict[str, dic
         # What has no file of its own is split off the training data.
         origin = split if getattr(data, f"{split}_file") is not None else "train"
         paths = [getattr(data, name) for name in (f"{origin}_file", f"{origin}_target_file")]
+        if split == "train":
+            paths += data.extra_train_files or []
         files = [Path(path) for path in paths if path is not None]
         if split in rows or (split == "train" and args.training.do_train):
             record[split] = {
@@ -126,7 +128,7 @@ def listed_arguments(args: ScriptArguments) -> dict[str, object]:
     for group in (args.data, args.tokenizer, args.training):
         for each in dataclasses.fields(group):
             hidden = each.name in NOT_LISTED or each.name.startswith(("do_", "hub_", "push_", "logging_"))
-            if each.name in args.given and not hidden and not each.name.endswith(("_file", "_name", "_dir")):
+            if each.name in args.given and not hidden and not each.name.endswith(("_file", "_files", "_name", "_dir")):
                 value = getattr(group, each.name)
                 values[each.name] = getattr(value, "value", value)
     return values

@@ -165,6 +165,11 @@ def test_unequal_parallel_files(tmp_path, sources, targets):
         ({"dataset_name": "x", "test_file": "y"}, "--dataset_name or --test_file"),
         ({"train_target_file": "x"}, "--train_target_file needs --train_file"),
         ({"source_lang": "en"}, "--source_lang and --target_lang"),
+        ({"extra_train_files": ["x"], "streaming": True}, "--extra_train_files x: not with --streaming"),
+        (
+            {"train_file": "a", "extra_train_files": ["x", "y"], "train_alignment_file": "b"},
+            "--extra_train_files x y: not with --train_alignment_file",
+        ),
         ({"max_source_length": 0}, "--max_source_length must be at least 1, not 0"),
         ({"test_split_percentage": 100}, "--test_split_percentage must be"),
         ({"validation_split_percentage": 60, "test_split_percentage": 60}, "leave nothing to train on"),
@@ -249,6 +254,23 @@ def test_split_shares(tmp_path):
     # The split that is left out of the request is held out nevertheless.
     assert len(load_data(DataArguments(train_file=path), ["train"])["train"]) == sizes["train"]
     assert len(load_data(DataArguments(train_file=path, max_train_samples=7))["train"]) == 7
+
+
+def test_extra_rows_only_train(tmp_path):
+    path = write(tmp_path / "a.tsv", "".join(f"w{i}\tp\n" for i in range(4000)))
+    extra = [
+        write(tmp_path / "b.tsv", "w1\tq\nx\ty\n"),
+        write(tmp_path / "c.jsonl", '{"source": "z", "target": "t"}\n'),
+    ]
+    without = load_data(DataArguments(train_file=path))
+    data = load_data(DataArguments(train_file=path, extra_train_files=extra))
+    for split in ("validation", "test"):
+        assert data[split].to_dict() == without[split].to_dict()
+    rows = list(zip(data["train"]["source"], data["train"]["target"], strict=True))
+    assert rows[:-3] == list(zip(without["train"]["source"], without["train"]["target"], strict=True))
+    assert rows[-3:] == [("w1", "q"), ("x", "y"), ("z", "t")]  # in the order of the files, after the others
+    with pytest.raises(DataError, match=r"d\.tsv, line 2: "):
+        load_rows(train_file=path, extra_train_files=[write(tmp_path / "d.tsv", "a\tb\nc\n")])
 
 
 def test_merged_references(tmp_path):

@@ -23,6 +23,7 @@ SCRIPT = ROOT / "training_scripts" / "make_model_card.py"
 SOURCES = ["abc", "ca", "b", "bcab", "aa", "cc", "abcabc", "bb", "cab", "acb"]
 RECIPE = """\
 train_file: ${LETTERS}/all.tsv
+extra_train_files: ["${LETTERS}/more.tsv"]
 validation_file: ${LETTERS}/all.tsv
 hidden_size: 8
 embedding_size: 8
@@ -63,6 +64,7 @@ def place(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("place")
     (place / "letters").mkdir()
     (place / "letters" / "all.tsv").write_text("".join(f"{each}\t{' '.join(each.upper())}\n" for each in SOURCES))
+    (place / "letters" / "more.tsv").write_text("bca\tB C A\n")
     (place / "recipe.yaml").write_text(RECIPE)
     run(place, TRAIN)
     run(place, [*TRAIN, "--attention_type", "dot", "--output_dir", "dot"])
@@ -111,7 +113,8 @@ def test_what_the_card_says(make, place):
         "| seed | 3 |",
         "| max_source_length | 6 |",
         "| test | 10 | all.tsv (",
-        "| train | 9 | all.tsv (",  # one is longer than max_source_length
+        "| train | 10 | all.tsv (",  # one is longer than max_source_length, and more.tsv has one
+        "), more.tsv (",
         f"cores of {record['hardware']['cpu']}, begun {record['started']}",
         "![Attention over a test source while its prediction is read](letters_attention.png)",
         "## Limits",

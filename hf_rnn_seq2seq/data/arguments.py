@@ -40,6 +40,14 @@ class DataArguments:
         default=None, metadata={"help": "The target side of --validation_file."}
     )
     test_target_file: str | None = field(default=None, metadata={"help": "The target side of --test_file."})
+    extra_train_files: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "More training rows, after those of --train_file or --dataset_name: files or folders as "
+            "--train_file, as of back-translated text or of what teachers made of new sources. None of them goes to "
+            "validation or test data, and it is for you to see that none is there already."
+        },
+    )
     train_alignment_file: str | None = field(
         default=None,
         metadata={
@@ -118,6 +126,9 @@ class DataArguments:
                 raise DataError(f"--{split}_target_file needs --{split}_file.")
         if self.train_alignment_file is not None and (self.train_file is None or self.streaming):
             raise DataError("--train_alignment_file needs --train_file, and no --streaming.")
+        if self.extra_train_files and (self.streaming or self.train_alignment_file is not None):
+            other = "streaming" if self.streaming else "train_alignment_file"
+            raise DataError(f"--extra_train_files {' '.join(self.extra_train_files)}: not with --{other}.")
         if (self.source_lang is None) != (self.target_lang is None):
             raise DataError("Give both of --source_lang and --target_lang, or neither.")
         for name in ("validation_split_percentage", "test_split_percentage"):

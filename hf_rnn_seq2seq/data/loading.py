@@ -54,6 +54,10 @@ def load_data(arguments: DataArguments, splits: Sequence[str] = SPLITS) -> datas
         data["train"] = add_alignment_lines(data["train"], Path(arguments.train_alignment_file))
     if shares and "train" in data:
         data |= split_by_source(data["train"], shares)
+    if arguments.extra_train_files and "train" in data and "train" in splits:
+        columns = columns_of(arguments, "train")
+        extra = [read_path(Path(path), None, columns) for path in arguments.extra_train_files]
+        data["train"] = datasets.concatenate_datasets([data["train"], *extra])
     limits = {
         "train": arguments.max_train_samples,
         "validation": arguments.max_eval_samples,
@@ -75,7 +79,15 @@ def split_readers(arguments: DataArguments) -> dict[str, Callable[[], datasets.D
     name = arguments.dataset_name
     if name is None:
         given = [split for split in SPLITS if getattr(arguments, f"{split}_file") is not None]
-        return {split: partial(read_split_file, arguments, split) for split in given}
+        return {
+            split: partial(
+                read_path,
+                Path(getattr(arguments, f"{split}_file")),
+                getattr(arguments, f"{split}_target_file"),
+                columns_of(arguments, split),
+            )
+            for split in given
+        }
     if name in PACKAGED_CORPORA:
         return {"train": partial(read_packaged_corpus, name)}
     loaded = open_dataset(name, arguments.dataset_config_name, arguments.streaming)
@@ -110,14 +122,13 @@ def read_packaged_corpus(name: str) -> datasets.Dataset:
     return cached_dataset(rows, name, version)
 
 
-def read_split_file(arguments: DataArguments, split: str) -> datasets.Dataset:
-    path, columns = Path(getattr(arguments, f"{split}_file")), columns_of(arguments, split)
+def read_path(path: Path, target_file: str | None, columns: Columns) -> datasets.Dataset:
+    """A file, or two parallel ones, or a folder written by `save_to_disk`."""
     if path.is_dir():
         dataset = open_dataset(str(path), None)
         if not isinstance(dataset, datasets.Dataset):
             raise DataError(f"{path}: a folder with several splits: give it as --dataset_name.")
         return read_dataset(dataset, str(path), columns)
-    target_file = getattr(arguments, f"{split}_target_file")
     paths = [path] if target_file is None else [path, Path(target_file)]
     digests = []
     for each in paths:
