@@ -198,6 +198,7 @@ def test_what_a_search_does_not_go_with(script, flags, more):
         script.main([*flags, "--hp_search", "space.yaml", *more])
 
 
+@pytest.mark.slow
 def test_two_processes_search_together(flags, tmp_path):
     space = write(tmp_path / "space.yaml", "hidden_size: {type: int, low: 4, high: 8, step: 4}")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]

@@ -105,6 +105,14 @@ def test_learns_fifty_words_by_heart(name: str) -> None:
     labels = batch.pop("labels")
     labels = labels.masked_fill(labels == tokenizer.pad_token_id, -100)
     batch = {key: batch[key] for key in ("input_ids", "attention_mask")}
+
+    def said() -> dict[int, list[str]]:
+        """By greedy and by beam search."""
+        model.eval()
+        ids = {beams: model.generate(**batch, num_beams=beams, max_new_tokens=8) for beams in (1, 4)}
+        model.train()
+        return {beams: tokenizer.batch_decode(found, skip_special_tokens=True) for beams, found in ids.items()}
+
     steps = 400  # most presets need a quarter of them
     optimizer = torch.optim.Adam(model.parameters(), lr=8e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=8e-3, total_steps=steps, pct_start=0.1)
@@ -117,13 +125,12 @@ def test_learns_fifty_words_by_heart(name: str) -> None:
         schedule.step()
         # coverage loss, where there is some, never vanishes: a letter may well have two sounds
         tokens = token_loss(output.logits, labels, "softmax")
-        if tokens < 0.02:
-            break
+        if tokens < 0.02:  # under dropout, which may pass over a word
+            found = said()
+            if all(words == spoken for words in found.values()):
+                break
     assert tokens < 0.02
-    model.eval()
-    for beams in (1, 4):
-        ids = model.generate(**batch, num_beams=beams, max_new_tokens=8)
-        assert tokenizer.batch_decode(ids, skip_special_tokens=True) == spoken
+    assert found == dict.fromkeys(found, spoken)
 
 
 def test_overrides_and_vocabularies() -> None:
