@@ -23,6 +23,8 @@ CHOICES = ("auto", "highest", "high", "medium")
 # Rounding of float32 leaves a relative error of some 1e-7, bfloat16 of 1e-3, TF32 of 1e-4.
 LARGEST_ERROR = 2e-6
 LEAST_GAIN = 1.1
+# Multiplications. Of smaller products noise decides which is faster, and runs would differ by it.
+LEAST_PRODUCT = 2**20
 
 
 class MatmulPrecision(TrainerCallback, ExportableState):
@@ -82,7 +84,12 @@ def rows_and_width(args: TrainingArguments, model: PreTrainedModel) -> tuple[int
 
 
 def recommended_precision(rows: int, width: int) -> str:
-    """ "medium" where [`gain_of_medium`] finds it faster at full precision, else "highest"; the log has why."""
+    """
+    "medium" where [`gain_of_medium`] finds it faster at full precision, else "highest"; the log has why. Products too
+    small to be told apart by their times stay at "highest".
+    """
+    if rows * width**2 < LEAST_PRODUCT:
+        return "highest"
     error, gain = gain_of_medium(rows, width)
     chosen = "medium" if error <= LARGEST_ERROR and gain >= LEAST_GAIN else "highest"
     logger.info(

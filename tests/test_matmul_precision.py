@@ -40,6 +40,7 @@ def train(folder, resume=None, **arguments):
 
 def measure(monkeypatch, error, gain):
     monkeypatch.setattr(matmul_precision, "gain_of_medium", lambda rows, width: (error, gain))
+    monkeypatch.setattr(matmul_precision, "LEAST_PRODUCT", 0)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,11 @@ def test_a_resumed_run_keeps_what_was_chosen(monkeypatch, tmp_path):
     train(tmp_path, save_steps=1)
     measure(monkeypatch, 4e-7, 1.0)
     assert train(tmp_path, resume=str(tmp_path / "checkpoint-1")) == {"medium"}
+
+
+def test_small_products_are_not_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(matmul_precision, "gain_of_medium", None)
+    assert train(tmp_path) == {"highest"}
 
 
 def test_the_measurement_is_one():
