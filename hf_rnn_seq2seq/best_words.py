@@ -44,13 +44,8 @@ def best_continuations(
     Returns:
         Their scores [b, K], and their places in a source's N * V continuations [b, K].
     """
-    if _worth_blocks(log_probs, kept):
-        best, places = _by_blocks(log_probs, _maxima(log_probs), running_scores, kept)
-        if not best[:, -1].isneginf().any():  # else words without a probability, which all tie, are among the best
-            return best, places
-    scores = log_probs.reshape(*running_scores.shape, -1) + running_scores[:, :, None]
-    best, places = scores.flatten(1).topk(kept)
-    return best, places
+    maxima = _maxima(log_probs) if _worth_blocks(log_probs, kept) else None
+    return _search(log_probs, maxima, running_scores, kept)
 
 
 def most_probable_continuations(
@@ -61,13 +56,30 @@ def most_probable_continuations(
 
     log p is a logit less one number of its row, log sum_w exp(logit_w), so a row's order is that of its logits.
     """
-    if _worth_blocks(logits, kept):
-        maxima = _maxima(logits).float()
-        offsets = running_scores - _log_sums(logits, maxima).view_as(running_scores)
-        best, places = _by_blocks(logits, maxima, offsets, kept)
-        if not best[:, -1].isneginf().any():
+    if not _worth_blocks(logits, kept):
+        return best_continuations(torch.log_softmax(logits, dim=-1, dtype=torch.float32), running_scores, kept)
+    maxima = _maxima(logits).float()
+    return _search(logits, maxima, running_scores - _log_sums(logits, maxima).view_as(running_scores), kept)
+
+
+def _search(
+    scores: torch.Tensor, maxima: torch.Tensor | None, offsets: torch.Tensor, kept: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The K best of offset(beam) + score(word), in the type of the offsets [b, N].
+
+    Args:
+        scores: [b * N, V].
+        maxima: each block's, where the search is to go by blocks.
+        kept: K.
+    """
+    if maxima is not None:
+        best, places = _by_blocks(scores, maxima, offsets, kept)
+        if not best[:, -1].isneginf().any():  # else words without a probability, which all tie, are among the best
             return best, places
-    return best_continuations(torch.log_softmax(logits, dim=-1, dtype=torch.float32), running_scores, kept)
+    all_scores = scores.reshape(*offsets.shape, -1).to(offsets.dtype) + offsets[:, :, None]
+    best, places = all_scores.flatten(1).topk(kept)
+    return best, places
 
 
 def _log_sums(logits: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
@@ -80,18 +92,18 @@ def _log_sums(logits: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
 
 
 def _by_blocks(
-    log_probs: torch.Tensor, maxima: torch.Tensor, running_scores: torch.Tensor, kept: int
+    scores: torch.Tensor, maxima: torch.Tensor, offsets: torch.Tensor, kept: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    (sources, beams), vocabulary = running_scores.shape, log_probs.size(1)
+    (sources, beams), vocabulary = offsets.shape, scores.size(1)
     blocks = maxima.size(1)
-    maxima = maxima.view(sources, beams, blocks) + running_scores[:, :, None]
+    maxima = maxima.view(sources, beams, blocks) + offsets[:, :, None]
     chosen = maxima.flatten(1).topk(kept).indices  # the K best words lie in these blocks, [b, K]
     beam, words = chosen // blocks, _words(chosen % blocks)
     places = (beam[:, :, None] * vocabulary + words.clamp(max=vocabulary - 1)).flatten(1)
-    found = log_probs.reshape(sources, -1).gather(1, places).to(running_scores.dtype)
-    scores = found.view_as(words) + running_scores.gather(1, beam)[:, :, None]
-    scores = scores.masked_fill(words >= vocabulary, -torch.inf).flatten(1)
-    best, where = scores.topk(kept)
+    found = scores.reshape(sources, -1).gather(1, places).to(offsets.dtype)
+    candidates = found.view_as(words) + offsets.gather(1, beam)[:, :, None]
+    candidates = candidates.masked_fill(words >= vocabulary, -torch.inf).flatten(1)
+    best, where = candidates.topk(kept)
     return best, places.gather(1, where)
 
 

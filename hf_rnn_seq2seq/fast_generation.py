@@ -221,17 +221,17 @@ def search_beams(
         steps.repeat(beams)
         while True:
             length = running.size(2)
-            if logits_processor or config.do_sample:
+            if not (logits_processor or config.do_sample):
+                top_scores, chosen = most_probable_continuations(logits, running_scores, kept)  # [b, K]
+            else:
                 log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
                 log_probs = logits_processor(running.flatten(0, 1), log_probs)  # type: ignore[arg-type]
-            if config.do_sample:
-                scores = (log_probs.view(-1, beams, logits.size(1)) + running_scores[:, :, None]).flatten(1)
-                chosen = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=kept)  # of [b, N * V]
-                top_scores = scores.gather(1, chosen)
-            elif logits_processor:
-                top_scores, chosen = best_continuations(log_probs, running_scores, kept)  # [b, K]
-            else:
-                top_scores, chosen = most_probable_continuations(logits, running_scores, kept)
+                if config.do_sample:
+                    scores = (log_probs.view(-1, beams, logits.size(1)) + running_scores[:, :, None]).flatten(1)
+                    chosen = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=kept)  # of [b, N * V]
+                    top_scores = scores.gather(1, chosen)
+                else:
+                    top_scores, chosen = best_continuations(log_probs, running_scores, kept)
             parents, tokens = chosen // logits.size(1), chosen % logits.size(1)
             top = torch.cat((model._gather_beams(running, parents), tokens[:, :, None]), dim=2)
             hits = ends(top)  # [b, K]

@@ -85,6 +85,10 @@ def limit(
         timed(lambda: [grad @ w for _ in range(steps)])
         timed(lambda: all_grads.t() @ all_x)
 
+    def cross_entropy(rows: int, words: int) -> None:
+        scores, labels = torch.randn(rows, words, requires_grad=True), torch.randint(words, (rows,))
+        timed(lambda: torch.nn.functional.cross_entropy(scores, labels).backward())
+
     weights = torch.zeros(parameters, requires_grad=True)
     weights.grad = torch.ones(parameters)
     adam = torch.optim.Adam([weights], 1e-3, fused=True)
@@ -102,9 +106,7 @@ def limit(
         products(rows, 2 * hidden, hidden, t)  # features
         products(rows * t, hidden, target_vocab)  # scores
         if parameters:
-            scores = torch.randn(rows * t, target_vocab, requires_grad=True)
-            labels = torch.randint(target_vocab, (rows * t,))
-            timed(lambda scores=scores, labels=labels: torch.nn.functional.cross_entropy(scores, labels).backward())
+            cross_entropy(rows * t, target_vocab)
             timed(adam.step)
     return sum(seconds)
 
