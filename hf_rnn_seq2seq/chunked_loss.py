@@ -37,13 +37,14 @@ def positions_at_once(x: torch.Tensor, vocab_size: int) -> int:
     return max(scores // vocab_size, LEAST_POSITIONS)
 
 
-def _losses_and_differences(
-    scores: torch.Tensor, gold: torch.Tensor, normalizer: str, smoothing: float
+def _losses_and_gradient(
+    scores: torch.Tensor, gold: torch.Tensor, scales: torch.Tensor, normalizer: str, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Scores [n, V], overwritten, and labels [n] -> losses without smoothing [n], smoothing's part without its weight
-    [n], and the gradient of their weighted sum by the scores [n, V].
+    Scores [n, V], overwritten, labels [n] and scales [n] -> losses without smoothing [n], smoothing's part without its
+    weight [n], and the gradient by the scores [n, V] of their weighted sum times the scales.
     """
+    scales = scales.unsqueeze(1)
     index = gold.unsqueeze(1)
     z_gold = scores.gather(1, index).squeeze(1)
     smoothed = z_gold - scores.mean(1) if smoothing > 0 else torch.zeros_like(z_gold)
@@ -52,13 +53,14 @@ def _losses_and_differences(
         p = scores.sub_(largest).exp_()
         total = p.sum(1, keepdim=True)
         losses = (total.log() + largest).squeeze(1) - z_gold
-        p.div_(total)
+        p.mul_(scales / total)
     else:
         p = NORMALIZERS[normalizer](scores, None)
         losses = fenchel_young_losses(scores, p, gold, normalizer)
+        p.mul_(scales)
     if smoothing > 0:
-        p.sub_(smoothing / p.size(1))
-    return losses, smoothed, p.scatter_add_(1, index, p.new_full((len(p), 1), smoothing - 1))
+        p.sub_(scales * (smoothing / p.size(1)))
+    return losses, smoothed, p.scatter_add_(1, index, scales * (smoothing - 1))
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -92,27 +94,28 @@ class _LinearLoss(torch.autograd.Function):
         x, w, b = x.to(dtype), weight.to(dtype), bias.to(dtype)
         total, smoothed_total = (x.new_zeros((), dtype=wide) for _ in range(2))
         d_x = torch.empty_like(x) if with_gradients else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if with_gradients else None
+        d_weight = None
+        if with_gradients:
+            d_weight = torch.empty_like(weight) if dtype == wide else torch.zeros_like(weight, dtype=wide)
         d_bias = torch.zeros_like(bias, dtype=wide) if with_gradients else None
 
         size = positions_at_once(x, len(weight))
         with torch.autocast(device_type, enabled=False):
-            for start in range(0, len(x), size):
+            for start in range(0, len(x), size) or (0,):  # once without positions, too, for the gradients' zeros
                 part = slice(start, start + size)
                 scores = F.linear(x[part], w, b).to(wide)  # [n, V]
                 gold = labels[part].masked_fill(~labelled[part], 0)
-                losses, smoothed, difference = _losses_and_differences(scores, gold, normalizer, smoothing)
                 scales = labelled[part] * scale.to(wide)  # [n]
+                losses, smoothed, gradient = _losses_and_gradient(scores, gold, scales, normalizer, smoothing)
                 total += losses.masked_fill(~labelled[part], 0) @ scales
                 smoothed_total += smoothed.masked_fill(~labelled[part], 0) @ scales
                 if d_x is None or d_weight is None or d_bias is None:
                     continue
-                difference.mul_(scales.unsqueeze(1))
-                d_bias += difference.sum(0)
-                narrow = difference.to(dtype)
+                d_bias += gradient.sum(0)
+                narrow = gradient.to(dtype)
                 torch.mm(narrow, w, out=d_x[part])
                 if dtype == wide:
-                    d_weight.addmm_(narrow.t(), x[part])
+                    d_weight.addmm_(narrow.t(), x[part], beta=min(start, 1))  # by 0: what is there is not read
                 else:
                     d_weight += narrow.t() @ x[part]
         if d_x is not None and d_weight is not None and d_bias is not None:

@@ -16,9 +16,10 @@ from transformers import initialization as init
 
 from .additive_scores import additive_scores
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
+from .dropout import Dropout
 from .normalizers import NORMALIZERS
 from .recurrent_layers import GateNorm
-from .step_products import StepLinear
+from .step_products import StepLinear, memory_product
 
 # What attention carries from one target step to the next (nothing, by content alone); each [B, ...].
 Alignment = tuple[torch.Tensor, ...]
@@ -39,7 +40,7 @@ def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 def dot_scores(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """q^T k: [B, T, D], [B, S, D] -> [B, 1, T, S]."""
-    return (query @ keys.transpose(1, 2)).unsqueeze(1)
+    return memory_product(query, keys, transposed=True).unsqueeze(1)
 
 
 class Attention(nn.Module):
@@ -61,7 +62,7 @@ class Attention(nn.Module):
         super().__init__()
         self.context_size = config.memory_size
         self.normalize = NORMALIZERS[config.attention_normalizer]
-        self.dropout = nn.Dropout(config.attention_dropout)
+        self.dropout = Dropout(config.attention_dropout)
 
     def make_keys(self, memory: torch.Tensor) -> torch.Tensor:
         """What of the score depends on the memory alone: [B, S, M] -> [B, S, *]."""
@@ -95,7 +96,7 @@ class Attention(nn.Module):
 
     def average(self, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """The one head's average: [B, 1, T, S], [B, S, *] -> [B, T, *]."""
-        return self.dropout(weights).squeeze(1) @ values
+        return memory_product(self.dropout(weights).squeeze(1), values)
 
     def forward(
         self, query: torch.Tensor, prepared: PreparedMemory, alignment: Alignment
@@ -281,7 +282,7 @@ class DotHeads(nn.Module):
 
     def forward(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """[B, T, A], `lay_out`'s keys -> [B, heads, T, S]"""
-        return split_heads(query, self.heads) @ keys
+        return memory_product(split_heads(query, self.heads), keys)
 
 
 class ScaledDotHeads(DotHeads):
@@ -346,5 +347,5 @@ class MultiHeadAttention(Attention):
         return self.scoring(self.query_projection(query), keys)
 
     def average(self, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        contexts = self.dropout(weights) @ values  # [B, heads, T, D]
+        contexts = memory_product(self.dropout(weights), values)  # [B, heads, T, D]
         return self.output_projection(contexts.transpose(1, 2).flatten(2))

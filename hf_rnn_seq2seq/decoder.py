@@ -13,6 +13,7 @@ from .attention import PreparedMemory
 from .cache_rnn_seq2seq import DecoderState
 from .compiled_loop import Step, Tensors, scan_steps, scans
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
+from .dropout import Dropout
 from .scheduled_sampling import OwnInputs
 from .step_products import shared_by_steps
 from .wirings import WIRINGS, StepOutput
@@ -26,9 +27,9 @@ class RnnSeq2SeqDecoder(nn.Module):
     def __init__(self, config: RnnSeq2SeqConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.target_embedding_size, config.pad_token_id)
-        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.embedding_dropout = Dropout(config.embedding_dropout)
         self.wiring = WIRINGS[config.wiring_type](config)
-        self.output_dropout = nn.Dropout(config.output_dropout)
+        self.output_dropout = Dropout(config.output_dropout)
         self.gradient_checkpointing = False
         self.grows = config.decoder_self_attention  # a part of the state, with every step
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
+from .dropout import Dropout
 from .recurrent_layers import CELLS, RecurrentLayer, State
 
 
@@ -30,7 +31,7 @@ class DecoderStack(nn.Module):
     def __init__(self, config: RnnSeq2SeqConfig, widths: list[int]):
         super().__init__()
         self.layers = nn.ModuleList([make_layer(config, width) for width in widths])  # type: ignore[assignment]
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.residual_start = config.residual_start - 1 if config.decoder_residual else len(widths)
 
     def forward(

@@ -14,6 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
+from .dropout import Dropout
 from .recurrent_layers import CELLS, RecurrentLayer, State
 
 
@@ -151,7 +152,7 @@ class RnnEncoder(EncoderBody):
     def __init__(self, config: RnnSeq2SeqConfig):
         super().__init__(config)
         self.layers = nn.ModuleList(self.make_layers(config))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.residual_start = self.first_residual(config)
 
     def make_layers(self, config: RnnSeq2SeqConfig) -> list[EncoderLayer]:
@@ -275,7 +276,7 @@ class ConvLayer(GradientCheckpointingLayer):
     def __init__(self, config: RnnSeq2SeqConfig, dropout: float):
         super().__init__()
         kernel = config.encoder_kernel_size
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv = Convolution(config.memory_size, config.memory_size, kernel, padding=kernel // 2)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -393,7 +394,7 @@ class TransformerLayer(GradientCheckpointingLayer):
         self.attention_norm, self.ffn_norm = LayerNorm(width), LayerNorm(width)
         self.attention = SelfAttention(config)
         self.ffn = nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, x: torch.Tensor, visible: torch.Tensor | None, output_attentions: bool

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
+from .dropout import Dropout
 from .encoder_bodies import ENCODERS
 from .signatures import with_known_signature
 
@@ -58,7 +59,7 @@ class RnnSeq2SeqEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.source_size, config.embedding_size, config.pad_token_id)
-        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.embedding_dropout = Dropout(config.embedding_dropout)
         self.body = ENCODERS[config.encoder_type](config)
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -216,6 +216,9 @@ class Int8Cell:
     def cell(self, x: torch.Tensor, state: State, noise: State) -> State:
         return self.update(x, self.product_hh(self.drop(state[0], noise)), state)  # type: ignore[attr-defined]
 
+    def transition(self, x: torch.Tensor, state: State, noise: State) -> State:
+        return self.cell(self.project(x), state, noise)
+
     def step(self, x: torch.Tensor, state: State, noise: State = ()) -> State:
         if self.zoneout > 0 or noise or self._kernel(x) is None:
             return super().step(x, state, noise)  # type: ignore[misc]

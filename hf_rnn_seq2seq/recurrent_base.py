@@ -7,6 +7,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .compiled_loop import Step, Tensors, scan_steps, scans
+from .dropout import dropout_noise, random_mask
 
 # What a cell carries from step to step, output first: (h,) or, for a cell with a memory, (h, c); each [B, H].
 State = tuple[torch.Tensor, ...]
@@ -58,8 +59,7 @@ class RecurrentLayer(nn.Module):
         """The dropout mask of h for one pass over a sequence: ([B, H],), or () when there is none. `x`: [B, ...]."""
         if not (self.training and self.recurrent_dropout > 0):
             return ()
-        keep = 1 - self.recurrent_dropout
-        return (torch.bernoulli(x.new_full((x.size(0), self.hidden_size), keep)) / keep,)
+        return (dropout_noise((x.size(0), self.hidden_size), self.recurrent_dropout, x),)
 
     def _cast(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Everything in the one type that the kernels want: autocast's inside autocast, else the weights'."""
@@ -80,6 +80,10 @@ class RecurrentLayer(nn.Module):
         """The equations of one step: `project`'s of one token, state of [B, H] -> state of [B, H]."""
         raise NotImplementedError
 
+    def transition(self, x: torch.Tensor, state: State, noise: State) -> State:
+        """`cell`, given x_t [B, D] itself."""
+        return self.cell(self.project(x), state, noise)
+
     @staticmethod
     def drop(h: torch.Tensor, noise: State) -> torch.Tensor:
         """h [B, H] as it enters the gates."""
@@ -91,17 +95,20 @@ class RecurrentLayer(nn.Module):
 
         `noise` is `sample_noise`'s, the same for all steps of a sequence.
         """
-        x, *old = self._cast(x, *state)
-        return self._advance(self.project(x), tuple(old), noise)
+        x, *state_list = self._cast(x, *state)
+        old = tuple(state_list)
+        return self._zone_out(self.transition(x, old, noise), old)
 
     def _advance(self, x: torch.Tensor, old: State, noise: State) -> State:
-        """`cell` with zoneout."""
-        new = self.cell(x, old, noise)
+        """`step` of what `project` made of x."""
+        return self._zone_out(self.cell(x, old, noise), old)
+
+    def _zone_out(self, new: State, old: State) -> State:
         if self.zoneout == 0:
             return new
         # Krueger et al. 2017, eq. 2: in training some units keep their value, in use each moves by the expectation.
         if self.training:
-            keep = [torch.rand_like(value) < self.zoneout for value in new]
+            keep = [random_mask(value.shape, self.zoneout, value.device) for value in new]
             return tuple(torch.where(k, o, n) for k, o, n in zip(keep, old, new, strict=True))
         return tuple(torch.lerp(n, o, self.zoneout) for o, n in zip(old, new, strict=True))
 

@@ -12,7 +12,7 @@ from transformers import initialization as init
 
 from .compiled_loop import scans
 from .recurrent_base import RecurrentLayer, State
-from .step_products import linear
+from .step_products import in_training_loop, linear, linear_pair
 
 # At a padded step this pre-activation closes or opens a gate completely: sigmoid(+-1e4) is exactly 1 or 0 in every
 # floating-point type, and 1e4 is still finite in float16.
@@ -26,6 +26,7 @@ class KernelLayer(RecurrentLayer):
     """
 
     fused: Callable[..., tuple[torch.Tensor, ...]]
+    sums = True  # is the sum of what x_t and h_{t-1} add to the gates all that `update` needs?
 
     def __init__(self, input_size: int, hidden_size: int, recurrent_dropout: float = 0.0, zoneout: float = 0.0):
         super().__init__(input_size, hidden_size, recurrent_dropout, zoneout)
@@ -53,8 +54,17 @@ class KernelLayer(RecurrentLayer):
     def cell(self, x: torch.Tensor, state: State, noise: State) -> State:
         return self.update(x, linear(self.drop(state[0], noise), self.weight_hh, self.bias_hh), state)
 
-    def update(self, from_x: torch.Tensor, from_h: torch.Tensor, state: State) -> State:
-        """The new state, given what x_t and h_{t-1} add to the gates, [B, num_gates * H] each."""
+    def transition(self, x: torch.Tensor, state: State, noise: State) -> State:
+        weights, biases = (self.weight_ih, self.weight_hh), (self.bias_ih, self.bias_hh)
+        if not (self.sums and in_training_loop(*weights, *biases)):
+            return super().transition(x, state, noise)
+        return self.update(linear_pair(x, self.drop(state[0], noise), weights, biases), None, state)
+
+    def update(self, from_x: torch.Tensor, from_h: torch.Tensor | None, state: State) -> State:
+        """
+        The new state, given what x_t and h_{t-1} add to the gates, [B, num_gates * H] each; or, of a cell that `sums`,
+        the sum, to be overwritten, and `None`.
+        """
         raise NotImplementedError
 
     def _forward_at_once(self, x: torch.Tensor, state: State, mask: torch.Tensor | None) -> tuple[torch.Tensor, State]:
@@ -108,8 +118,10 @@ class LSTM(KernelLayer):
     forget_gate = 1
     fused = torch.lstm
 
-    def update(self, from_x: torch.Tensor, from_h: torch.Tensor, state: State) -> State:
+    def update(self, from_x: torch.Tensor, from_h: torch.Tensor | None, state: State) -> State:
         c = state[1]
+        if from_h is None:
+            return LstmUpdate.apply(from_x, None, c)
         if torch.compiler.is_compiling():  # which makes one kernel of the equations
             return lstm_update(from_x + from_h, c)
         if from_x.is_cuda:
@@ -131,13 +143,16 @@ def lstm_update(gates: torch.Tensor, c: torch.Tensor) -> State:
 
 
 class LstmUpdate(torch.autograd.Function):
-    """[`lstm_update`] of from_x + from_h, whose backward pass is written out: a third of autograd's operations."""
+    """
+    [`lstm_update`] of from_x + from_h, whose backward pass is written out: a third of autograd's operations. Without
+    from_h from_x is overwritten, which must be nobody else's.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, from_x: torch.Tensor, from_h: torch.Tensor, c: torch.Tensor
+        ctx: Any, from_x: torch.Tensor, from_h: torch.Tensor | None, c: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        gates = from_x + from_h
+        gates = from_x if from_h is None else from_x + from_h
         i, f, g, o = gates.chunk(4, dim=1)
         gates[:, : 2 * c.size(1)].sigmoid_()
         g.tanh_()
@@ -151,7 +166,7 @@ class LstmUpdate(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, grad_h: torch.Tensor, grad_c: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         gates, c, tanh_c = ctx.saved_tensors
         i, f, g, o = gates.chunk(4, dim=1)
         grad_c = grad_c + torch.ops.aten.tanh_backward(grad_h * o, tanh_c)
@@ -163,7 +178,7 @@ class LstmUpdate(torch.autograd.Function):
             (slice(3 * size, 4 * size), torch.ops.aten.sigmoid_backward),
         ):
             backward.grad_input(grad[:, part], gates[:, part], grad_input=grad[:, part])
-        return grad, grad, grad_c * f
+        return grad, grad if ctx.needs_input_grad[1] else None, grad_c * f
 
 
 class GRU(KernelLayer):
@@ -176,8 +191,10 @@ class GRU(KernelLayer):
 
     num_gates = 3
     fused = torch.gru
+    sums = False  # r stands before what h adds to n
 
-    def update(self, from_x: torch.Tensor, from_h: torch.Tensor, state: State) -> State:
+    def update(self, from_x: torch.Tensor, from_h: torch.Tensor | None, state: State) -> State:
+        assert from_h is not None
         return (gru_update(from_x, from_h, state[0]),)
 
     def padding_gates(self, bias: torch.Tensor) -> torch.Tensor:
@@ -208,8 +225,8 @@ class TanhRNN(SimpleRNN):
 
     fused = torch.rnn_tanh
 
-    def update(self, from_x: torch.Tensor, from_h: torch.Tensor, state: State) -> State:
-        return (torch.tanh(from_x + from_h),)
+    def update(self, from_x: torch.Tensor, from_h: torch.Tensor | None, state: State) -> State:
+        return (torch.tanh(from_x if from_h is None else from_x + from_h),)
 
 
 class ReluRNN(SimpleRNN):
@@ -217,8 +234,8 @@ class ReluRNN(SimpleRNN):
 
     fused = torch.rnn_relu
 
-    def update(self, from_x: torch.Tensor, from_h: torch.Tensor, state: State) -> State:
-        return (torch.relu(from_x + from_h),)
+    def update(self, from_x: torch.Tensor, from_h: torch.Tensor | None, state: State) -> State:
+        return (torch.relu(from_x if from_h is None else from_x + from_h),)
 
 
 class GateNorm(nn.Module):

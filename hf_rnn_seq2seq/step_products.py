@@ -1,10 +1,11 @@
-"""Matrix products inside the time loop, whose weights' gradients wait until the loop is over.
+"""Matrix products inside the time loop, whose gradients by what all steps share wait until the loop is over.
 
 y_t = W x_t + b for t = 1 ... T has the gradient dW = sum_t dy_t x_t^T. Taken step by step, that is T thin products,
 and T additions to a gradient as large as the weight, which costs more than the rest of a step. Here a step's backward
 pass makes dx_t alone and puts dy_t and x_t aside; when all steps are done, one product over all of them makes dW.
+Attention's products with the keys and values of a source are treated alike.
 
-Shapes: B batch, T target, I input, O output.
+Shapes: B batch, T target, I input, O output, S source, D width of what is attended to.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,35 @@ from torch.nn import functional as F
 from .packed_products import can_be_packed, pack, packed_is_faster, packed_product, packing_repaid
 
 
-class LoopWeight:
+class Waiting:
+    """What the steps' backward passes put aside."""
+
+    token: torch.Tensor | None  # what ties every step to the node of the graph that makes the gradient, in a loop
+
+    def __init__(self) -> None:
+        self.task = -1
+        self.steps: list[tuple[torch.Tensor, ...]] = []
+
+    def put_aside(self, *tensors: torch.Tensor) -> None:
+        """What a product reads, x [..., R, I], and dy [..., R, O] of one step, R rows."""
+        task = torch._C._current_graph_task_id()  # which backward(): one that did not ask for dW may have left some
+        if task != self.task:
+            self.task, self.steps = task, []
+        self.steps.append(tensors)
+
+    def take(self) -> list[torch.Tensor] | None:
+        """[..., T * R, I] and [..., T * R, O] of all steps; `None` if no step had a part in the loss."""
+        steps, self.steps = self.steps, []
+        if not steps or self.task != torch._C._current_graph_task_id():
+            return None
+        return [torch.cat(parts, dim=-2) for parts in zip(*steps, strict=True)]
+
+    def gradients(self) -> tuple[torch.Tensor, ...] | None:
+        """Of what `token` stands for, by all steps; `None` if no step had a part in the loss."""
+        raise NotImplementedError
+
+
+class LoopWeight(Waiting):
     """A weight for as long as one loop runs: in the type that the products want, and what its gradient waits for."""
 
     def __init__(
@@ -32,6 +61,7 @@ class LoopWeight:
         lasting: bool = False,
         spared: bool = False,
     ):
+        super().__init__()
         self.original = weight  # kept alive: its id is its name
         self.version = version_of(weight)
         self.weight = weight.detach().to(dtype)  # once a loop, not once a step
@@ -39,9 +69,7 @@ class LoopWeight:
         self.needs_grad = torch.is_grad_enabled() and (
             weight.requires_grad or (bias is not None and bias.requires_grad)
         )
-        self.task = -1
-        self.steps: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.token = _Weight.apply(self, weight, bias) if self.needs_grad else None
+        self.token = _Shared.apply(self, weight, bias) if self.needs_grad else None
         self.spared = spared  # is its first product made before it is packed?
         # Of the time that packing takes, what it would have saved so far. When that is all of it, there are probably
         # as many products to come; what lasts for many calls is packed at once.
@@ -66,19 +94,12 @@ class LoopWeight:
             self.repaid += packing_repaid(self.weight.dtype, rows)
         return self.repaid >= 1
 
-    def put_aside(self, x: torch.Tensor, grad: torch.Tensor) -> None:
-        """x [..., I] and dy [..., O] of one step."""
-        task = torch._C._current_graph_task_id()  # which backward(): one that did not ask for dW may have left some
-        if task != self.task:
-            self.task, self.steps = task, []
-        self.steps.append((x.flatten(0, -2), grad.flatten(0, -2)))
-
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """dW [O, I] and db [O] of all steps; `None` if no step had a part in the loss."""
-        steps, self.steps = self.steps, []
-        if not steps or self.task != torch._C._current_graph_task_id():
+        """dW [O, I] and db [O]."""
+        taken = self.take()
+        if taken is None:
             return None
-        x, grad = (torch.cat(parts) for parts in zip(*steps, strict=True))  # [T * B, I], [T * B, O]
+        x, grad = taken  # [T * B, I], [T * B, O]
         return grad.t() @ x, grad.sum(0)
 
 
@@ -87,27 +108,26 @@ def version_of(weight: torch.Tensor) -> tuple[int, int]:
     return weight.data_ptr(), -1 if weight.is_inference() else weight._version
 
 
-class _Weight(torch.autograd.Function):
-    """Stands for the weight in the graph. All steps depend on its empty result, so its backward pass comes last."""
+class _Shared(torch.autograd.Function):
+    """Stands for tensors in the graph. All steps depend on its empty result, so its backward pass comes last."""
 
     @staticmethod
-    def forward(ctx: Any, record: LoopWeight, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.record, ctx.dtypes = record, (weight.dtype, None if bias is None else bias.dtype)
+    def forward(ctx: Any, record: Waiting, *tensors: torch.Tensor | None) -> torch.Tensor:
+        ctx.record, ctx.dtypes = record, [None if tensor is None else tensor.dtype for tensor in tensors]
         ctx.set_materialize_grads(False)
-        return weight.new_empty(0)
+        assert tensors[0] is not None
+        return tensors[0].new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        found = ctx.record.gradients()
-        if found is None:
-            return None, None, None
-        weight_dtype, bias_dtype = ctx.dtypes
-        return None, found[0].to(weight_dtype), None if bias_dtype is None else found[1].to(bias_dtype)
+        found = ctx.record.gradients() or [None] * len(ctx.dtypes)
+        pairs = zip(found, ctx.dtypes, strict=True)
+        return None, *(None if grad is None or dtype is None else grad.to(dtype) for grad, dtype in pairs)
 
 
 class _Product(torch.autograd.Function):
-    """y = W x + b of one step, whose backward pass leaves dW and db to [`_Weight`]."""
+    """y = W x + b of one step, whose backward pass leaves dW and db to [`_Shared`]."""
 
     @staticmethod
     def forward(ctx: Any, token: torch.Tensor, record: LoopWeight, x: torch.Tensor) -> torch.Tensor:
@@ -119,8 +139,83 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        ctx.record.put_aside(x, grad)
+        ctx.record.put_aside(x.flatten(0, -2), grad.flatten(0, -2))
         return None, None, grad @ weight if ctx.needs_input_grad[2] else None
+
+
+class LoopWeightPair(Waiting):
+    """The two matrices of W x + U h + b, which have one gradient dy, for as long as one training loop runs."""
+
+    def __init__(self, weights: tuple[torch.Tensor, torch.Tensor], biases: tuple[torch.Tensor, torch.Tensor]):
+        super().__init__()
+        self.original = weights
+        w, u = weights
+        self.w, self.u = (weight.detach().to(product_dtype(weight)) for weight in weights)
+        self.bias = (biases[0].detach() + biases[1].detach()).to(self.w.dtype)
+        self.token = _Shared.apply(self, w, u, *biases)
+
+    def gradients(self) -> tuple[torch.Tensor, ...] | None:
+        """dW, dU, db and db again, since each bias has its own."""
+        taken = self.take()
+        if taken is None:
+            return None
+        x, h, grad = taken  # [T * B, *]
+        of_bias, by_output = grad.sum(0), grad.t()
+        return by_output @ x, by_output @ h, of_bias, of_bias.clone()
+
+
+class _ProductPair(torch.autograd.Function):
+    """y = W x + U h + b of one step, whose backward pass leaves dW, dU and db to [`_Shared`]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, token: torch.Tensor, record: LoopWeightPair, x: torch.Tensor, h: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.record = record
+        ctx.save_for_backward(x, h, record.w, record.u)
+        return F.linear(x, record.w, record.bias).addmm_(h, record.u.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, h, w, u = ctx.saved_tensors
+        ctx.record.put_aside(x, h, grad)
+        return None, None, grad @ w if ctx.needs_input_grad[2] else None, grad @ u if ctx.needs_input_grad[3] else None
+
+
+class LoopMemory(Waiting):
+    """Keys or values of a source, [..., S, D], for as long as one loop runs."""
+
+    def __init__(self, memory: torch.Tensor, transposed: bool, dtype: torch.dtype):
+        super().__init__()
+        self.original, self.transposed = memory, transposed
+        self.memory = memory.detach().to(dtype)
+        self.token = _Shared.apply(self, memory)
+
+    def gradients(self) -> tuple[torch.Tensor] | None:
+        """dM [..., S, D]."""
+        taken = self.take()
+        if taken is None:
+            return None
+        x, grad = taken
+        return (grad.transpose(-2, -1) @ x if self.transposed else x.transpose(-2, -1) @ grad,)
+
+
+class _MemoryProduct(torch.autograd.Function):
+    """y = x M or x M^T of one step, whose backward pass leaves dM to [`_Shared`]."""
+
+    @staticmethod
+    def forward(ctx: Any, token: torch.Tensor, record: LoopMemory, x: torch.Tensor) -> torch.Tensor:
+        ctx.record = record
+        ctx.save_for_backward(x, record.memory)
+        return x @ (record.memory.transpose(-2, -1) if record.transposed else record.memory)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, memory = ctx.saved_tensors
+        ctx.record.put_aside(x, grad)
+        return None, None, grad @ (memory if ctx.record.transposed else memory.transpose(-2, -1))
 
 
 class LoopWeights(dict[int, LoopWeight]):
@@ -130,6 +225,16 @@ class LoopWeights(dict[int, LoopWeight]):
         super().__init__()
         self.packed, self.lasting = packed, lasting
         self.screens: dict[int, Any] = {}  # those of `screening.screen_of`
+        self.pairs: dict[tuple[int, int], LoopWeightPair] = {}  # those of `linear_pair`
+        self.memories: dict[tuple[int, bool], LoopMemory] = {}  # those of `memory_product`
+
+    def drop_tokens(self) -> None:
+        """
+        After the loop. A token knows its node, which knows the record: while that has the token, only Python's
+        collector of garbage frees the three, and it comes late to what has lived through a training step.
+        """
+        for record in (*self.values(), *self.pairs.values(), *self.memories.values()):
+            record.token = None
 
     def forget_changed(self) -> None:
         """What was made of weights that are others now."""
@@ -175,6 +280,7 @@ def shared_by_steps(active: bool = True, packed: bool = False) -> Iterator[None]
         yield
     finally:
         _weights.reset(before)
+        lasting.drop_tokens()
 
 
 @contextmanager
@@ -198,15 +304,72 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return F.linear(x, weight, bias)
     record = weights.get(id(weight))
     if record is None:
-        device_type = x.device.type
-        autocast = torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(device_type) if autocast else weight.dtype
+        dtype = product_dtype(weight)
         # What has a screen makes a first step's scores, and then mostly none.
         spared = id(weight) in weights.screens
         record = weights[id(weight)] = LoopWeight(weight, bias, dtype, weights.packed, weights.lasting, spared)
     if record.token is None:
         return record.product(x)
     return _Product.apply(record.token, record, x.to(record.weight.dtype))
+
+
+def in_training_loop(*parameters: torch.Tensor) -> bool:
+    """Is this a step, on a CPU, of a loop that trains all of them? For such steps there is `linear_pair`."""
+    if torch.compiler.is_compiling() or _weights.get() is None or not torch.is_grad_enabled():
+        return False
+    return all(parameter.requires_grad and parameter.device.type == "cpu" for parameter in parameters)
+
+
+def linear_pair(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    biases: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """
+    W x + b + U h + c [B, O] `in_training_loop`, in one tensor that is the caller's to overwrite.
+
+    Args:
+        x, h: [B, I] and [B, H].
+        weights: W [O, I] and U [O, H].
+        biases: b and c, [O] each.
+    """
+    loop = _weights.get()
+    assert loop is not None
+    name = (id(weights[0]), id(weights[1]))
+    record = loop.pairs.get(name)
+    if record is None:
+        record = loop.pairs[name] = LoopWeightPair(weights, biases)
+    dtype = record.w.dtype
+    return _ProductPair.apply(record.token, record, x.to(dtype), h.to(dtype))
+
+
+def product_dtype(matrix: torch.Tensor) -> torch.dtype:
+    """The type in which torch makes products with it, here and now."""
+    device_type = matrix.device.type
+    autocast = torch.is_autocast_enabled(device_type) and matrix.dtype != torch.float64
+    return torch.get_autocast_dtype(device_type) if autocast else matrix.dtype
+
+
+def memory_product(x: torch.Tensor, memory: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+    """
+    x M, or x M^T if `transposed`, with keys or values M that are the same tensor in all steps of a loop.
+
+    Args:
+        x: [..., R, S], or [..., R, D] if `transposed`; the dimensions before them are those of `memory`.
+        memory: [..., S, D].
+
+    Returns:
+        [..., R, D], or [..., R, S].
+    """
+    weights = None if torch.compiler.is_compiling() else _weights.get()
+    if weights is None or not (torch.is_grad_enabled() and memory.requires_grad):
+        return x @ (memory.transpose(-2, -1) if transposed else memory)
+    record = weights.memories.get((id(memory), transposed))
+    if record is None:
+        record = LoopMemory(memory, transposed, product_dtype(memory))
+        weights.memories[id(memory), transposed] = record
+    return _MemoryProduct.apply(record.token, record, x.to(record.memory.dtype))
 
 
 class StepLinear(nn.Linear):
