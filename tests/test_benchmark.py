@@ -76,6 +76,10 @@ def test_decoding_in_every_precision(tmp_path: Path, capsys: pytest.CaptureFixtu
     main, loaded = script.main, script.LOADED
     main(command)
     rows = rows_of(tmp_path / "decode.json")
+    limits = [row for row in rows if row["name"] in script.DECODING_LIMITS]
+    assert len(limits) == 4 * 3
+    assert all(figure > 0 for row in limits for figure in row["all"])
+    rows = [row for row in rows if row not in limits]
     assert [(row["batch_size"], row["beams"]) for row in rows[:: len(loaded)]] == [
         (1, 1), (1, 5), (64, 1), (64, 5),
     ]  # fmt: skip

@@ -20,7 +20,8 @@ with cross entropy over the vocabulary and Adam, take their turn as well: what n
 decode: a model that OpenNMT-py has trained, and the same converted to ours: the same weights and words; or, with
 --model, one of ours in several precisions, and exports that ONNX Runtime computes under our generate(). Sentences a
 second from text to text, and the share of sentences for which the output is the first one's; with --target how good
-they are.
+they are. The bare matrix products of the decoder's steps take their turn as well, in each precision: without another
+way to the best words, no implementation exceeds them.
 
 vocabulary: greedy search in float32 with --model's target vocabulary and with larger ones, which are filled up with
 words that look like its own and are hardly ever chosen: by exact scores of all words, and of those alone that a rough
@@ -192,6 +193,7 @@ LOADED: dict[str, dict[str, Any]] = {
     "ours, ONNX Runtime": {"onnx": "float32"},
     "ours, ONNX Runtime, int8": {"onnx": "int8"},
 }
+DECODING_LIMITS = {f"matrix products alone, {one}": one for one in ("float32", "bfloat16", "int8")}
 
 
 def train(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -265,17 +267,25 @@ def decode(options: argparse.Namespace) -> list[dict[str, Any]]:
         outputs[label] = result["outputs"]
         return len(some) / result["seconds"]
 
+    def limit(precision: str, some: list[str], batch_size: int, beams: int) -> float:
+        call = {"sentences": some, "batch_size": batch_size, "beams": beams, "precision": precision}
+        return len(some) / ours.decoding_limit(name="ours", **call)
+
     rows = []
     for batch_size, count in ((1, max(len(sentences) // 5, 1)), (64, len(sentences))):
         for beams in (1, 5):
             some = sentences[:count]
             measures = {label: partial(speed, label, some, batch_size, beams) for label in contestants}
+            for label, precision in DECODING_LIMITS.items():
+                measures[label] = partial(limit, precision, some, batch_size, beams)
             print(f"\n{'greedy' if beams == 1 else f'beam {beams}'}, batches of {batch_size}:")
             for row in table(rounds(measures, options.rounds), "sentences/s", base):
+                rows.append({"batch_size": batch_size, "beams": beams, **row})
+                if row["name"] in DECODING_LIMITS:
+                    continue
                 found = outputs[row["name"]]
-                same = share_of_same(found, outputs[base])
+                rows[-1]["same_output"] = same = share_of_same(found, outputs[base])
                 print(f"    {row['name']}: the same output for {same:.1%}{quality(found, options.target)}")
-                rows.append({"batch_size": batch_size, "beams": beams, "same_output": same, **row})
     return rows
 
 

@@ -5,6 +5,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,10 +16,13 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import hf_rnn_seq2seq.decoder
 from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration, screening
+from hf_rnn_seq2seq.int8 import Int8Linear, RnnSeq2SeqInt8Config
 from hf_rnn_seq2seq.matmul_precision import recommended_precision
+from hf_rnn_seq2seq.step_products import LoopWeight, linear, packed_weights, shared_by_steps
 
 PAD, START, END = 0, 1, 2
 models: dict[str, Any] = {}
+products_made: dict[tuple[str, int, int, int], list[tuple[torch.Tensor, int]]] = {}
 folders: list[tempfile.TemporaryDirectory[str]] = []  # of exports, for as long as this process runs
 
 
@@ -129,8 +133,6 @@ def load(
         return load_exported(name, folder, onnx)
     extra: dict[str, Any] = {}
     if int8:
-        from hf_rnn_seq2seq.int8 import RnnSeq2SeqInt8Config
-
         extra["quantization_config"] = RnnSeq2SeqInt8Config()
     model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=getattr(torch, dtype), **extra).eval()
     if times > 1:
@@ -186,11 +188,47 @@ def decode(
     return {"seconds": time.perf_counter() - start, "outputs": outputs}
 
 
+def decoding_limit(name: str, sentences: list[str], batch_size: int, beams: int, precision: str) -> float:
+    """
+    Seconds of nothing but the matrix products that the decoder's steps make in `decode` of a float32 model, with exact
+    scores of all words, each as fast as it is here: in float32, bfloat16 or int8, of made-up numbers.
+    """
+    key = (name, len(sentences), batch_size, beams)
+    if key not in products_made:
+        made = products_made[key] = []
+        product = LoopWeight.product
+
+        def noted(self: LoopWeight, x: torch.Tensor) -> torch.Tensor:
+            made.append((self.original, x.numel() // x.size(-1)))
+            return product(self, x)
+
+        with mock.patch.object(LoopWeight, "product", noted):
+            decode(name, sentences, batch_size, beams, screens=False)
+    most: dict[torch.Tensor, int] = {}
+    for weight, rows in products_made[key]:
+        most[weight] = max(rows, most.get(weight, 0))
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    inputs = {weight: torch.randn(rows, weight.size(1)).to(dtype) for weight, rows in most.items()}
+    if precision == "int8":
+        makers: dict[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] = {
+            weight: Int8Linear(weight, None, loaded=True).eval() for weight in most
+        }
+    else:
+        makers = {weight: partial(linear, weight=weight.detach().to(dtype)) for weight in most}
+    with torch.inference_mode(), packed_weights(), shared_by_steps(packed=True):
+        for weight, x in inputs.items():  # packs it
+            makers[weight](x)
+        start = time.perf_counter()
+        for weight, rows in products_made[key]:
+            makers[weight](inputs[weight][:rows])
+        return time.perf_counter() - start
+
+
 def peak_memory() -> float:
     """Of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":
-    jobs = (make, train, recommended, limit, load, decode, peak_memory)
+    jobs = (make, train, recommended, limit, load, decode, decoding_limit, peak_memory)
     serve({job.__name__: job for job in jobs})
