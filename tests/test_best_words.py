@@ -94,7 +94,8 @@ def test_most_probable_as_by_log_softmax(
     log_p = torch.log_softmax(logits.double(), dim=1)
     expected, _ = by_sorting(log_p, running.double(), kept)
     assert scores.dtype == torch.float32
-    tolerance = {"rtol": 1e-6, "atol": 1e-5 + 1e-6 * abs(shift)}  # of logits before what they share is taken off
+    largest = float(logits[logits.isfinite()].abs().max())  # what they share is taken off after rounding
+    tolerance = {"rtol": 1e-6, "atol": 1e-5 + 3e-7 * largest}
     torch.testing.assert_close(scores.double(), expected, **tolerance)
     there = (log_p.view(*running.shape, -1) + running.double()[:, :, None]).flatten(1).gather(1, places)
     torch.testing.assert_close(scores.double(), there, **tolerance)
