@@ -95,7 +95,7 @@ class DecoderSelfAttention(Attention):
         earlier = mask.new_ones(query.size(1), mask.size(1)).tril(past - 1)  # strictly: no query sees itself
         scores = additive_scores(self.query_projection(query), keys, self.score_projection.weight)
         weights = self.normalize(scores, (mask.unsqueeze(1) & earlier).unsqueeze(1))  # [B, 1, T, P + T]
-        own_context = self.dropout(weights.to(values.dtype)).squeeze(1) @ values  # others at every step
+        own_context = self.dropout(weights.to(values.dtype)).squeeze(1) @ values  # which grow: no `average`
 
         context = torch.cat((context, own_context.to(context.dtype)), dim=-1)
         return context, source_weights, (*new_alignment, keys, values, mask)

@@ -94,7 +94,7 @@ class _LinearLoss(torch.autograd.Function):
         x, w, b = x.to(dtype), weight.to(dtype), bias.to(dtype)
         total, smoothed_total = (x.new_zeros((), dtype=wide) for _ in range(2))
         d_x = torch.empty_like(x) if with_gradients else None
-        d_weight = torch.empty_like(weight, dtype=wide) if with_gradients else None
+        d_weight = None  # the first part makes it
         d_bias = torch.zeros_like(bias, dtype=wide) if with_gradients else None
 
         size = positions_at_once(x, len(weight))
@@ -107,15 +107,15 @@ class _LinearLoss(torch.autograd.Function):
                 losses, smoothed, gradient = _losses_and_gradient(scores, gold, scales, normalizer, smoothing)
                 total += losses.masked_fill(~labelled[part], 0) @ scales
                 smoothed_total += smoothed.masked_fill(~labelled[part], 0) @ scales
-                if d_x is None or d_weight is None or d_bias is None:
+                if d_x is None or d_bias is None:
                     continue
                 d_bias += gradient.sum(0)
                 narrow = gradient.to(dtype)
                 torch.mm(narrow, w, out=d_x[part])
-                if dtype == wide:
-                    d_weight.addmm_(narrow.t(), x[part], beta=min(start, 1))  # by 0: what is there is not read
-                elif start == 0:
-                    d_weight.copy_(narrow.t() @ x[part])
+                if d_weight is None:
+                    d_weight = (narrow.t() @ x[part]).to(wide)
+                elif dtype == wide:
+                    d_weight.addmm_(narrow.t(), x[part])
                 else:
                     d_weight += narrow.t() @ x[part]
         if d_x is not None and d_weight is not None and d_bias is not None:

@@ -203,6 +203,7 @@ class Int8Cell:
     num_states: int
     zoneout: float
     fused: Callable[..., tuple[torch.Tensor, ...]]
+    sums = False  # its products stay two
 
     # What the kernel reads, and what it was made of.
     matrices: tuple[torch.ScriptObject | None, tuple[torch.ScriptObject, ...]] = (None, ())
@@ -215,9 +216,6 @@ class Int8Cell:
 
     def cell(self, x: torch.Tensor, state: State, noise: State) -> State:
         return self.update(x, self.product_hh(self.drop(state[0], noise)), state)  # type: ignore[attr-defined]
-
-    def transition(self, x: torch.Tensor, state: State, noise: State) -> State:
-        return self.cell(self.project(x), state, noise)
 
     def step(self, x: torch.Tensor, state: State, noise: State = ()) -> State:
         if self.zoneout > 0 or noise or self._kernel(x) is None:

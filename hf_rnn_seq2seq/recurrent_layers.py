@@ -55,10 +55,11 @@ class KernelLayer(RecurrentLayer):
         return self.update(x, linear(self.drop(state[0], noise), self.weight_hh, self.bias_hh), state)
 
     def transition(self, x: torch.Tensor, state: State, noise: State) -> State:
-        weights, biases = (self.weight_ih, self.weight_hh), (self.bias_ih, self.bias_hh)
-        if not (self.sums and in_training_loop(*weights, *biases)):
-            return super().transition(x, state, noise)
-        return self.update(linear_pair(x, self.drop(state[0], noise), weights, biases), None, state)
+        if self.sums:
+            weights, biases = (self.weight_ih, self.weight_hh), (self.bias_ih, self.bias_hh)
+            if in_training_loop(*weights, *biases):
+                return self.update(linear_pair(x, self.drop(state[0], noise), weights, biases), None, state)
+        return super().transition(x, state, noise)
 
     def update(self, from_x: torch.Tensor, from_h: torch.Tensor | None, state: State) -> State:
         """

@@ -189,7 +189,8 @@ class LoopMemory(Waiting):
     def __init__(self, memory: torch.Tensor, transposed: bool, dtype: torch.dtype):
         super().__init__()
         self.original, self.transposed = memory, transposed
-        self.memory = memory.detach().to(dtype)
+        narrow = memory.detach().to(dtype)
+        self.factor = narrow.transpose(-2, -1) if transposed else narrow
         self.token = _Shared.apply(self, memory)
 
     def gradients(self) -> tuple[torch.Tensor] | None:
@@ -207,15 +208,15 @@ class _MemoryProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: torch.Tensor, record: LoopMemory, x: torch.Tensor) -> torch.Tensor:
         ctx.record = record
-        ctx.save_for_backward(x, record.memory)
-        return x @ (record.memory.transpose(-2, -1) if record.transposed else record.memory)
+        ctx.save_for_backward(x, record.factor)
+        return x @ record.factor
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, memory = ctx.saved_tensors
+        x, factor = ctx.saved_tensors
         ctx.record.put_aside(x, grad)
-        return None, None, grad @ (memory if ctx.record.transposed else memory.transpose(-2, -1))
+        return None, None, grad @ factor.transpose(-2, -1)
 
 
 class LoopWeights(dict[int, LoopWeight]):
@@ -369,7 +370,7 @@ def memory_product(x: torch.Tensor, memory: torch.Tensor, transposed: bool = Fal
     if record is None:
         record = LoopMemory(memory, transposed, product_dtype(memory))
         weights.memories[id(memory), transposed] = record
-    return _MemoryProduct.apply(record.token, record, x.to(record.memory.dtype))
+    return _MemoryProduct.apply(record.token, record, x.to(record.factor.dtype))
 
 
 class StepLinear(nn.Linear):
