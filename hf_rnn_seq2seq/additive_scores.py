@@ -10,15 +10,22 @@ attention heads, D = A / heads.
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.autograd.function import BackwardCFunction, FunctionCtx
+
+from .step_products import loop_weights
 
 # How many numbers of the hidden layer are made at once: on a CPU for each thread, 1 MB in float32, which stays in the
 # cache from one operation to the next; on other devices 256 MB, where fewer, larger kernels are better.
 NUMBERS_AT_ONCE = 2**18
 NUMBERS_AT_ONCE_ON_ACCELERATOR = 2**26
+# From how many queries for the same keys it pays to take the exponentials of queries and keys one by one, on a CPU.
+QUERIES_TO_FACTOR = 4
+# The largest key that this is done with. e^40 e^80 can overflow, and then 1 / (1 + inf) is the right zero; and with a
+# query beyond 40, which counts as 40, tanh(q + k) is 1 or -1 in every digit.
+LARGEST_KEY = 20
 
 
 def parts(query: torch.Tensor, keys: torch.Tensor) -> Iterator[tuple[slice, slice]]:
@@ -34,6 +41,11 @@ def parts(query: torch.Tensor, keys: torch.Tensor) -> Iterator[tuple[slice, slic
             yield slice(row, row + rows), slice(first, first + queries)
 
 
+def _on_cpu(tensor: torch.Tensor) -> bool:
+    """Is it there for real, not one that only pretends, for a tracer?"""
+    return tensor.device.type == "cpu" and type(tensor) is torch.Tensor
+
+
 class _Scratch(threading.local):
     """
     One piece of a CPU's memory for all parts. Were it allocated and freed at every step of a time loop, the small
@@ -46,8 +58,7 @@ class _Scratch(threading.local):
     def __call__(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         """Uninitialised, of `like`'s type and device."""
         numbers = math.prod(shape)
-        real = like.device.type == "cpu" and type(like) is torch.Tensor  # not one that only pretends, for a tracer
-        if not real or numbers > 4 * NUMBERS_AT_ONCE * torch.get_num_threads():
+        if not _on_cpu(like) or numbers > 4 * NUMBERS_AT_ONCE * torch.get_num_threads():
             return like.new_empty(shape)
         if self.memory.dtype != like.dtype or self.memory.numel() < numbers:
             with torch.inference_mode(False):  # what is made in that mode can't be written outside of it
@@ -58,10 +69,44 @@ class _Scratch(threading.local):
 scratch = _Scratch()
 
 
-def _sigmoids(doubled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """r = sigmoid(-2 q - 2 k) of some -2 q [B, T, A] and k [B, S, A]: [B, T, S, A], overwritten by the next."""
-    r = scratch((*doubled.shape[:2], *keys.shape[1:]), keys)
-    return torch.sub(doubled.unsqueeze(2), keys.unsqueeze(1), alpha=2, out=r).sigmoid_()
+def _key_factors(query: torch.Tensor, keys: torch.Tensor, shared: bool) -> torch.Tensor | None:
+    """e^2k [B, S, A] of the keys, if there are several queries for them; in a training loop it is made once."""
+    loop = loop_weights() if shared and keys.requires_grad and torch.is_grad_enabled() else None
+    if loop is not None and id(keys) in loop.key_factors:
+        return loop.key_factors[id(keys)][1]
+    several = loop is not None or query.size(1) >= QUERIES_TO_FACTOR
+    factors = None
+    if several and keys.numel() > 0 and _on_cpu(keys) and keys.detach().abs().max() <= LARGEST_KEY:
+        factors = (2 * keys.detach().to(_sum_dtype(query, keys))).exp_()
+    if loop is not None:
+        loop.key_factors[id(keys)] = keys, factors  # kept alive: its id is its name
+    return factors
+
+
+def _sum_dtype(query: torch.Tensor, keys: torch.Tensor) -> torch.dtype:
+    """float32 or wider."""
+    return torch.promote_types(torch.promote_types(query.dtype, keys.dtype), torch.float32)
+
+
+def _sigmoids(
+    query: torch.Tensor, keys: torch.Tensor, key_factors: torch.Tensor | None, dtype: torch.dtype
+) -> Callable[[slice, slice], torch.Tensor]:
+    """
+    r = sigmoid(-2 q - 2 k) for slices of B and T, given all of q [B, T, A] and k [B, S, A]: [B, T, S, A] in `dtype`,
+    overwritten by the next. With e^2k it is 1 / (1 + e^2q e^2k), without a function of [B, T, S, A] to compute.
+    """
+    like = key_factors if key_factors is not None else keys.to(dtype)
+    by_source = like.unsqueeze(1)
+
+    def room(b: slice, t: slice) -> torch.Tensor:
+        return scratch((*query[b, t].shape[:2], *like.shape[1:]), like)
+
+    if key_factors is not None:
+        limit, one = 4 * LARGEST_KEY, like.new_ones(())
+        query_factors = (2 * query.to(dtype)).clamp_(-limit, limit).exp_().unsqueeze(2)
+        return lambda b, t: torch.addcmul(one, query_factors[b, t], by_source[b], out=room(b, t)).reciprocal_()
+    doubled = (-2 * query.to(dtype)).unsqueeze(2)
+    return lambda b, t: torch.sub(doubled[b, t], by_source[b], alpha=2, out=room(b, t)).sigmoid_()
 
 
 def plain_additive_scores(query: torch.Tensor, keys: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -76,39 +121,42 @@ class AdditiveScores(torch.autograd.Function):
 
         score = sum_a v_a - 2 sum_a v_a r_a,  d score / d x_a = 4 v_a r_a (1 - r_a)
 
-    For the backward pass it keeps its arguments alone. Sums are in float32 or wider.
+    For the backward pass it keeps its arguments alone, of which `key_factors` are e^2k or `None`. Sums are in float32
+    or wider.
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, query: torch.Tensor, keys: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(query, keys, v)
-        dtype = torch.promote_types(torch.promote_types(query.dtype, keys.dtype), torch.float32)
+    def forward(
+        ctx: FunctionCtx, query: torch.Tensor, keys: torch.Tensor, v: torch.Tensor, key_factors: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(query, keys, v, key_factors)  # type: ignore[arg-type]  # it may be None
+        dtype = _sum_dtype(query, keys)
         heads = v.size(0)
         scores = query.new_empty(heads, query.size(0), query.size(1), keys.size(1), dtype=dtype)
-        doubled, keys, v = -2 * query.to(dtype), keys.to(dtype), v.to(dtype)
+        sigmoids, v = _sigmoids(query, keys, key_factors, dtype), v.to(dtype)
         doubled_v = -2 * v.unsqueeze(-1)  # [heads, D, 1]
         with torch.autocast(query.device.type, enabled=False):
             for b, t in parts(query, keys):
-                r = _sigmoids(doubled[b, t], keys[b])
+                r = sigmoids(b, t)
                 by_head = r.view(-1, *v.shape).transpose(0, 1)  # [heads, B T S, D]
                 scores[:, b, t] = torch.bmm(by_head, doubled_v).view(heads, *r.shape[:3])
         scores += v.sum(1).view(-1, 1, 1, 1)
         return scores.transpose(0, 1)  # [B, heads, T, S]
 
     @staticmethod
-    def backward(ctx: BackwardCFunction, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(ctx: BackwardCFunction, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("The scores of additive attention can't be differentiated twice (create_graph=True).")
-        query, keys, v = ctx.saved_tensors  # type: ignore[misc]  # torch says it is a tuple of one
+        query, keys, v, key_factors = ctx.saved_tensors  # type: ignore[misc]  # torch says it is a tuple of one
         dtype = grad.dtype
-        doubled, wide_keys = -2 * query.to(dtype), keys.to(dtype)
+        sigmoids = _sigmoids(query, keys, key_factors, dtype)
         grad = grad.permute(0, 2, 3, 1).contiguous()  # [B, T, S, heads]
-        d_query, d_keys = doubled.new_empty(query.shape), doubled.new_empty(keys.shape)  # contiguous
+        d_query, d_keys = grad.new_empty(query.shape), grad.new_empty(keys.shape)  # contiguous
         d_v = v.new_zeros(v.size(0), 1, v.size(1), dtype=dtype)  # of r's part
         one_query = query.size(1) == 1
         with torch.autocast(query.device.type, enabled=False):
             for b, t in parts(query, keys):
-                r = _sigmoids(doubled[b, t], wide_keys[b])
+                r = sigmoids(b, t)
                 by_head = r.view(*r.shape[:3], *v.shape)
                 g = grad[b, t]
                 d_v.baddbmm_(g.flatten(0, 2).t().unsqueeze(1), by_head.flatten(0, 2).transpose(0, 1))
@@ -123,10 +171,17 @@ class AdditiveScores(torch.autograd.Function):
         scale = 4 * v.to(dtype).flatten()
         d_query, d_keys = d_query.mul_(scale), d_keys.mul_(scale)
         d_v = grad.sum((0, 1, 2)).unsqueeze(1) - 2 * d_v.squeeze(1)
-        return d_query.to(query.dtype), d_keys.to(keys.dtype), d_v.to(v.dtype)
+        return d_query.to(query.dtype), d_keys.to(keys.dtype), d_v.to(v.dtype), None
 
 
-def additive_scores(query: torch.Tensor, keys: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def scores_at_once(query: torch.Tensor, keys: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """[`AdditiveScores`] in few calls, for a decoding step of few rows, which takes longer to call than to compute."""
+    r = torch.sub((-2 * query).unsqueeze(2), keys.unsqueeze(1), alpha=2).sigmoid_()  # [B, T, S, A]
+    sums = r @ v.t() if len(v) == 1 else (r.unflatten(-1, v.shape) * v).sum(-1)  # [B, T, S, heads]
+    return (v.sum(1) - 2 * sums).permute(0, 3, 1, 2)
+
+
+def additive_scores(query: torch.Tensor, keys: torch.Tensor, v: torch.Tensor, shared: bool = False) -> torch.Tensor:
     """
     v_h^T tanh(q_h + k_h) of projected queries and keys (Bahdanau et al. 2015, A.1.2).
 
@@ -136,6 +191,7 @@ def additive_scores(query: torch.Tensor, keys: torch.Tensor, v: torch.Tensor) ->
         query: [B, T, A], any floating type.
         keys: [B, S, A].
         v: [heads, D].
+        shared: are the keys the same tensor in all steps of a loop?
 
     Returns:
         [B, heads, T, S] in float32, or float64 for such arguments; while torch.compile or an export traces the model,
@@ -143,8 +199,8 @@ def additive_scores(query: torch.Tensor, keys: torch.Tensor, v: torch.Tensor) ->
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return plain_additive_scores(query, keys, v)
-    if not torch.is_grad_enabled() and query.size(1) * keys.numel() <= NUMBERS_AT_ONCE:
-        # A decoding step of a few rows, which takes longer to call than to compute.
-        dtype = torch.promote_types(torch.promote_types(query.dtype, keys.dtype), torch.float32)
-        return plain_additive_scores(query.to(dtype), keys.to(dtype), v)
-    return AdditiveScores.apply(query, keys, v)
+    few = query.size(1) * keys.numel() <= NUMBERS_AT_ONCE
+    if few and not torch.is_grad_enabled() and not torch.is_autocast_enabled(query.device.type):
+        dtype = _sum_dtype(query, keys)
+        return scores_at_once(query.to(dtype), keys.to(dtype), v.to(dtype))
+    return AdditiveScores.apply(query, keys, v, _key_factors(query, keys, shared))

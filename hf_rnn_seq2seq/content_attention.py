@@ -216,7 +216,7 @@ class AdditiveAttention(Attention):
         return self.query_norm(self.query_projection(query))
 
     def score(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        return additive_scores(self.project_query(query), keys, self.score_vector())
+        return additive_scores(self.project_query(query), keys, self.score_vector(), shared=True)
 
     def first_alignment(self, prepared: PreparedMemory) -> Alignment:
         dtype = torch.promote_types(prepared.values.dtype, torch.float32)
@@ -307,7 +307,7 @@ class AdditiveHeads(nn.Module):
 
     def forward(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """[B, T, A], [B, S, A] -> [B, heads, T, S]"""
-        return additive_scores(query, keys, self.score_projection.weight)
+        return additive_scores(query, keys, self.score_projection.weight, shared=True)
 
 
 HEAD_SCORINGS: dict[str, type[DotHeads] | type[AdditiveHeads]] = {

@@ -228,6 +228,8 @@ class LoopWeights(dict[int, LoopWeight]):
         self.screens: dict[int, Any] = {}  # those of `screening.screen_of`
         self.pairs: dict[tuple[int, int], LoopWeightPair] = {}  # those of `linear_pair`
         self.memories: dict[tuple[int, bool], LoopMemory] = {}  # those of `memory_product`
+        # Of `additive_scores`: a training loop's keys, and what is made of them.
+        self.key_factors: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def drop_tokens(self) -> None:
         """

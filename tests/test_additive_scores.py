@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_rnn_seq2seq import additive_scores as module
 from hf_rnn_seq2seq import attention, content_attention
 from hf_rnn_seq2seq.additive_scores import additive_scores, plain_additive_scores
+from hf_rnn_seq2seq.step_products import shared_by_steps
 from tests.models import CONFIGURATIONS, batch_of, name_of, ragged_batch, tiny_model
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -48,12 +49,12 @@ def assert_all_close(one: list[torch.Tensor], other: list[torch.Tensor], **toler
 @settings(max_examples=40, deadline=None)
 @given(
     batch=st.integers(1, 4),
-    length=st.integers(1, 5),
+    length=st.integers(1, 7),
     source=st.integers(1, 7),
     heads=st.integers(1, 3),
     width=st.integers(1, 5),
     numbers=st.sampled_from([1, 30, 100, 10**6]),
-    scale=st.sampled_from([0.01, 1.0, 30.0]),
+    scale=st.sampled_from([0.01, 1.0, 6.0, 30.0]),
 )
 def test_equal_the_equation(
     batch: int, length: int, source: int, heads: int, width: int, numbers: int, scale: float
@@ -62,6 +63,8 @@ def test_equal_the_equation(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "NUMBERS_AT_ONCE", numbers)
         found = values_and_gradients(additive_scores, inputs)
+        with torch.no_grad():
+            torch.testing.assert_close(additive_scores(*inputs), found[0], **EXACT)
     assert_all_close(found, values_and_gradients(plain_additive_scores, inputs), **EXACT)
 
 
@@ -104,6 +107,8 @@ def test_autocast_does_not_round_the_sums() -> None:
     outside = values_and_gradients(additive_scores, [query, keys, v])
     with torch.autocast("cpu", torch.bfloat16):
         inside = values_and_gradients(additive_scores, [query, keys, v])
+        with torch.no_grad():
+            torch.testing.assert_close(additive_scores(query, keys, v), outside[0])
     for one, other in zip(inside, outside, strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
@@ -123,12 +128,55 @@ def test_extreme_arguments_neither_overflow_nor_lose_their_sum() -> None:
     torch.testing.assert_close(query.grad[0, 0, :2], 1 - torch.tensor([0.5, 0.5]).tanh() ** 2)
 
 
-def test_only_its_arguments_are_kept() -> None:
-    query, keys, v = tensors(3, 4, 5, 1, 6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("largest_key", [19.9, 20.1, 300.0, 1e30])
+def test_extreme_arguments_of_several_queries(largest_key: float, dtype: torch.dtype) -> None:
+    """Where exponentials of each would overflow, or cancel."""
+    edges = [0.0, 1e-30, 0.3, 19.5, 39.0, 41.0, 44.5, 89.0, 299.5, 1e30, float("inf")]
+    queries = torch.tensor([sign * edge for edge in edges for sign in (1, -1)], dtype=dtype)
+    keys = torch.tensor([-largest_key, -19.7, -0.3, 0.0, 0.3, 19.7, largest_key], dtype=dtype)
+    inputs = [queries.view(1, -1, 1), keys.view(1, -1, 1), torch.ones(1, 1, dtype=dtype)]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    tolerance = EXACT if dtype == torch.float64 else {"rtol": 1e-5, "atol": 5e-7}
+    found, expected = (values_and_gradients(scores, inputs) for scores in (additive_scores, plain_additive_scores))
+    assert torch.isfinite(torch.cat([tensor.flatten() for tensor in found])).all()
+    assert_all_close(found, expected, **tolerance)
+
+
+def test_a_wrong_number_is_not_hidden() -> None:
+    query, keys, v = (tensor.detach() for tensor in tensors(2, 6, 3, 1, 4))
+    query[0, 1, 2], keys[1, 2, 3] = torch.nan, torch.nan
+    assert torch.equal(additive_scores(query, keys, v).isnan(), plain_additive_scores(query, keys, v).isnan())
+
+
+@pytest.mark.parametrize("length", [1, 40])
+def test_only_its_arguments_are_kept(length: int) -> None:
+    """And for several queries what is made of the keys once, of their size."""
+    query, keys, v = tensors(3, length, 5, 1, 6)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         additive_scores(query, keys, v)
-    assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in (query, keys, v)}
+    arguments = {tensor.data_ptr() for tensor in (query, keys, v)}
+    assert arguments <= {tensor.data_ptr() for tensor in kept}
+    others = [tensor for tensor in kept if tensor.data_ptr() not in arguments]
+    assert [tensor.shape for tensor in others] == [keys.shape] * (length > 1)
+
+
+def test_steps_of_a_loop_share_what_is_made_of_the_keys() -> None:
+    """Also where that can't be used, for the keys are too large; and other keys in the same loop have their own."""
+    query, keys, v = tensors(2, 9, 5, 1, 6)
+    large = (100 * keys).detach().requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), shared_by_steps():  # type: ignore[func-returns-value]
+        steps = [
+            torch.stack([additive_scores(query[:, t : t + 1], k, v, shared=True) for t in range(9)]).sum()
+            for k in (keys, large)
+        ]
+    assert len({tensor.data_ptr() for tensor in kept if tensor.shape == keys.shape}) == 3
+    inputs = [query, keys, large, v]
+    expected = sum(plain_additive_scores(query, k, v).sum() for k in (keys, large))
+    assert_all_close([sum(steps).detach()], [expected.detach()], **EXACT)
+    assert_all_close(torch.autograd.grad(sum(steps), inputs), torch.autograd.grad(expected, inputs), **EXACT)
 
 
 def test_inference_mode_leaves_nothing_behind() -> None:
@@ -227,7 +275,9 @@ def test_models_are_as_with_the_equation(setting: dict[str, Any], monkeypatch: p
     for plain in (False, True):
         if plain:
             for user in (attention, content_attention):
-                monkeypatch.setattr(user, "additive_scores", plain_additive_scores)
+                monkeypatch.setattr(
+                    user, "additive_scores", lambda *tensors, shared=False: plain_additive_scores(*tensors)
+                )
         other = copy.deepcopy(model)
         loss = other(**batch).loss
         loss.backward()
