@@ -209,8 +209,9 @@ def train(options: argparse.Namespace) -> list[dict[str, Any]]:
     def speed(worker: Worker, name: str, precision: str) -> float:
         return tokens / worker.train(name=name, batches=batches, precision=precision)
 
-    def limit(precision: str, parameters: int = 0) -> float:
-        return tokens / ours.limit(batches=batches, precision=precision, parameters=parameters, **sizes)
+    def limit(precision: str, parameters: int = 0, bf16: bool = False) -> float:
+        call = {"batches": batches, "precision": precision, "parameters": parameters, "bf16": bf16}
+        return tokens / ours.limit(**call, **sizes)
 
     rows = []
     for attention in options.attention:
@@ -228,7 +229,9 @@ def train(options: argparse.Namespace) -> list[dict[str, Any]]:
         contestants[f"ours, {other}"] = partial(speed, ours, f"ours {attention}", other)
         for precision in ("highest", "medium"):
             contestants[f"matrix products alone, {precision}"] = partial(limit, precision)
-        contestants["the same, cross entropy and Adam"] = partial(limit, precision_of_ours, sizes_of_ours["ours"])
+        contestants["products, cross entropy and Adam"] = partial(limit, precision_of_ours, sizes_of_ours["ours"])
+        contestants["matrix products alone, bf16"] = partial(limit, "highest", bf16=True)
+        contestants["products, cross entropy and Adam, bf16"] = partial(limit, "highest", sizes_of_ours["ours"], bf16=True)
         print(f"\ntraining, {attention} attention:")
         base = f"{PEERS['opennmt']}, as shipped" if "opennmt" in others else "ours"
         rows += [{"attention": attention, **row} for row in table(rounds(contestants, options.rounds), "tok/s", base)]

@@ -16,6 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import hf_rnn_seq2seq.decoder
 from hf_rnn_seq2seq import RnnSeq2SeqConfig, RnnSeq2SeqForConditionalGeneration, screening
+from hf_rnn_seq2seq.host_memory import keep_for_training
 from hf_rnn_seq2seq.int8 import Int8Linear, RnnSeq2SeqInt8Config
 from hf_rnn_seq2seq.matmul_precision import recommended_precision
 from hf_rnn_seq2seq.step_products import LoopWeight, linear, packed_weights, shared_by_steps
@@ -27,7 +28,8 @@ folders: list[tempfile.TemporaryDirectory[str]] = []  # of exports, for as long 
 
 
 def make(name: str, compile: bool = False, bf16: bool = False, plain: bool = False, **config: Any) -> int:
-    """A model with first weights and its optimizer; the number of its parameters."""
+    """A model with first weights and its optimizer, as RnnSeq2SeqTrainer has them; the number of its parameters."""
+    keep_for_training()
     model = RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqConfig(**config)).train()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
     models[name] = (torch.compile(model) if compile else model, optimizer, bf16, plain)
@@ -68,13 +70,15 @@ def limit(
     hidden: int,
     embedding: int,
     parameters: int = 0,
+    bf16: bool = False,
 ) -> float:
     """
     Seconds of nothing but the matrix products of these updates: additive attention, input feeding, one layer; with the
-    number of the model's `parameters` also of cross entropy and Adam.
+    number of the model's `parameters` also of cross entropy and Adam, in float32 either way.
     """
     torch.set_float32_matmul_precision(precision)
     seconds: list[float] = []
+    dtype = torch.bfloat16 if bf16 else torch.float32
 
     def timed(work: Callable[[], object]) -> None:
         start = time.perf_counter()
@@ -83,7 +87,7 @@ def limit(
 
     def products(rows: int, inputs: int, outputs: int, steps: int = 1) -> None:
         """Forward, and backward to the input, step by step; backward to the weight for all steps."""
-        x, grad, w = torch.randn(rows, inputs), torch.randn(rows, outputs), torch.randn(outputs, inputs)
+        x, grad, w = (torch.randn(size, dtype=dtype) for size in ((rows, inputs), (rows, outputs), (outputs, inputs)))
         all_x, all_grads = x.repeat(steps, 1), grad.repeat(steps, 1)
         timed(lambda: [torch.nn.functional.linear(x, w) for _ in range(steps)])
         timed(lambda: [grad @ w for _ in range(steps)])
