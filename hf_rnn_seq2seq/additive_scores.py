@@ -17,9 +17,10 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from .step_products import loop_weights
 
-# How many numbers of the hidden layer are made at once: on a CPU for each thread, 1 MB in float32, which stays in the
-# cache from one operation to the next; on other devices 256 MB, where fewer, larger kernels are better.
-NUMBERS_AT_ONCE = 2**18
+# How many numbers of the hidden layer are made at once: on a CPU for each thread, 2 MB in float32, which stays in its
+# caches from one operation to the next (with 1 MB, calls take longer than is gained); on other devices 256 MB, where
+# fewer, larger kernels are better.
+NUMBERS_AT_ONCE = 2**19
 NUMBERS_AT_ONCE_ON_ACCELERATOR = 2**26
 # From how many queries for the same keys it pays to take the exponentials of queries and keys one by one, on a CPU.
 QUERIES_TO_FACTOR = 4

@@ -229,9 +229,10 @@ def train(options: argparse.Namespace) -> list[dict[str, Any]]:
         contestants[f"ours, {other}"] = partial(speed, ours, f"ours {attention}", other)
         for precision in ("highest", "medium"):
             contestants[f"matrix products alone, {precision}"] = partial(limit, precision)
-        contestants["products, cross entropy and Adam"] = partial(limit, precision_of_ours, sizes_of_ours["ours"])
+        parameters = sizes_of_ours["ours"]
+        contestants["products, cross entropy and Adam"] = partial(limit, precision_of_ours, parameters)
         contestants["matrix products alone, bf16"] = partial(limit, "highest", bf16=True)
-        contestants["products, cross entropy and Adam, bf16"] = partial(limit, "highest", sizes_of_ours["ours"], bf16=True)
+        contestants["products, cross entropy and Adam, bf16"] = partial(limit, "highest", parameters, bf16=True)
         print(f"\ntraining, {attention} attention:")
         base = f"{PEERS['opennmt']}, as shipped" if "opennmt" in others else "ours"
         rows += [{"attention": attention, **row} for row in table(rounds(contestants, options.rounds), "tok/s", base)]
