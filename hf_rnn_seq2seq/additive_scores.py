@@ -11,11 +11,11 @@ attention heads, D = A / heads.
 import math
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch.autograd.function import BackwardCFunction, FunctionCtx
 
-from .step_products import loop_weights
+from .step_products import LoopKeys, loop_weights
 
 # How many numbers of the hidden layer are made at once: on a CPU for each thread, 2 MB in float32, which stays in its
 # caches from one operation to the next (with 1 MB, calls take longer than is gained); on other devices 256 MB, where
@@ -70,18 +70,24 @@ class _Scratch(threading.local):
 scratch = _Scratch()
 
 
-def _key_factors(query: torch.Tensor, keys: torch.Tensor, shared: bool) -> torch.Tensor | None:
-    """e^2k [B, S, A] of the keys, if there are several queries for them; in a training loop it is made once."""
-    loop = loop_weights() if shared and keys.requires_grad and torch.is_grad_enabled() else None
-    if loop is not None and id(keys) in loop.key_factors:
-        return loop.key_factors[id(keys)][1]
-    several = loop is not None or query.size(1) >= QUERIES_TO_FACTOR
-    factors = None
-    if several and keys.numel() > 0 and _on_cpu(keys) and keys.detach().abs().max() <= LARGEST_KEY:
-        factors = (2 * keys.detach().to(_sum_dtype(query, keys))).exp_()
-    if loop is not None:
-        loop.key_factors[id(keys)] = keys, factors  # kept alive: its id is its name
-    return factors
+def _key_factors(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
+    """e^2k [B, S, A], on a CPU, if that can't overflow."""
+    keys = keys.detach()
+    if keys.numel() == 0 or not _on_cpu(keys) or not keys.abs().max() <= LARGEST_KEY:  # which may be NaN
+        return None
+    return (2 * keys.to(_sum_dtype(query, keys))).exp_()
+
+
+def _loop_keys(query: torch.Tensor, keys: torch.Tensor) -> LoopKeys | None:
+    """What a loop has of keys that are the same tensor in all its steps; `None` where nothing is trained."""
+    loop = loop_weights()
+    if loop is None or not (keys.requires_grad and torch.is_grad_enabled()):
+        return None
+    record = loop.keys_of_loop.get(id(keys))
+    if record is None:
+        record = loop.keys_of_loop[id(keys)] = LoopKeys(keys)
+        record.factors = _key_factors(query, keys)
+    return record
 
 
 def _sum_dtype(query: torch.Tensor, keys: torch.Tensor) -> torch.dtype:
@@ -123,14 +129,21 @@ class AdditiveScores(torch.autograd.Function):
         score = sum_a v_a - 2 sum_a v_a r_a,  d score / d x_a = 4 v_a r_a (1 - r_a)
 
     For the backward pass it keeps its arguments alone, of which `key_factors` are e^2k or `None`. Sums are in float32
-    or wider.
+    or wider. In a loop over time `keys` is the token of its `record`, which has the keys and adds up their gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, query: torch.Tensor, keys: torch.Tensor, v: torch.Tensor, key_factors: torch.Tensor | None
+        ctx: Any,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        v: torch.Tensor,
+        key_factors: torch.Tensor | None,
+        record: LoopKeys | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(query, keys, v, key_factors)  # type: ignore[arg-type]  # it may be None
+        ctx.record = record
+        keys = keys if record is None else record.keys
+        ctx.save_for_backward(query, keys, v, key_factors)
         dtype = _sum_dtype(query, keys)
         heads = v.size(0)
         scores = query.new_empty(heads, query.size(0), query.size(1), keys.size(1), dtype=dtype)
@@ -145,34 +158,43 @@ class AdditiveScores(torch.autograd.Function):
         return scores.transpose(0, 1)  # [B, heads, T, S]
 
     @staticmethod
-    def backward(ctx: BackwardCFunction, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("The scores of additive attention can't be differentiated twice (create_graph=True).")
-        query, keys, v, key_factors = ctx.saved_tensors  # type: ignore[misc]  # torch says it is a tuple of one
-        dtype = grad.dtype
+        query, keys, v, key_factors = ctx.saved_tensors
+        record, dtype = ctx.record, grad.dtype
         sigmoids = _sigmoids(query, keys, key_factors, dtype)
         grad = grad.permute(0, 2, 3, 1).contiguous()  # [B, T, S, heads]
-        d_query, d_keys = grad.new_empty(query.shape), grad.new_empty(keys.shape)  # contiguous
+        d_query, d_keys = grad.new_empty(query.shape), None if record is None else record.gradient_so_far()
+        first, one_query = d_keys is None, query.size(1) == 1
+        if d_keys is None:
+            d_keys = grad.new_empty(keys.shape)  # contiguous
         d_v = v.new_zeros(v.size(0), 1, v.size(1), dtype=dtype)  # of r's part
-        one_query = query.size(1) == 1
         with torch.autocast(query.device.type, enabled=False):
             for b, t in parts(query, keys):
                 r = sigmoids(b, t)
                 by_head = r.view(*r.shape[:3], *v.shape)
                 g = grad[b, t]
                 d_v.baddbmm_(g.flatten(0, 2).t().unsqueeze(1), by_head.flatten(0, 2).transpose(0, 1))
-                # g r (1 - r), in place; with one query it is the keys' gradient as it stands.
-                d = d_keys[b].unsqueeze(1) if one_query else r
+                # g r (1 - r), in place; of a first, single query it is the keys' gradient as it stands.
+                d = d_keys[b].unsqueeze(1) if one_query and first else r
                 torch.ops.aten.sigmoid_backward(g.unsqueeze(-1), by_head, grad_input=d.view(by_head.shape))
                 torch.sum(d, 2, out=d_query[b, t])
-                if t.start == 0 and not one_query:
+                if one_query and not first:
+                    d_keys[b] += d.squeeze(1)
+                elif not one_query and first and t.start == 0:
                     torch.sum(d, 1, out=d_keys[b])
                 elif not one_query:
                     d_keys[b] += d.sum(1)
         scale = 4 * v.to(dtype).flatten()
-        d_query, d_keys = d_query.mul_(scale), d_keys.mul_(scale)
-        d_v = grad.sum((0, 1, 2)).unsqueeze(1) - 2 * d_v.squeeze(1)
-        return d_query.to(query.dtype), d_keys.to(keys.dtype), d_v.to(v.dtype), None
+        d_query = d_query.mul_(scale).to(query.dtype)
+        d_v = (grad.sum((0, 1, 2)).unsqueeze(1) - 2 * d_v.squeeze(1)).to(v.dtype)
+        if record is None:
+            return d_query, d_keys.mul_(scale).to(keys.dtype), d_v, None, None
+        if first:
+            record.put_aside(d_keys)
+        record.scale = scale
+        return d_query, None, d_v, None, None
 
 
 def scores_at_once(query: torch.Tensor, keys: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -192,7 +214,7 @@ def additive_scores(query: torch.Tensor, keys: torch.Tensor, v: torch.Tensor, sh
         query: [B, T, A], any floating type.
         keys: [B, S, A].
         v: [heads, D].
-        shared: are the keys the same tensor in all steps of a loop?
+        shared: are v and the keys the same in all steps of a loop, the keys the same tensor?
 
     Returns:
         [B, heads, T, S] in float32, or float64 for such arguments; while torch.compile or an export traces the model,
@@ -204,4 +226,8 @@ def additive_scores(query: torch.Tensor, keys: torch.Tensor, v: torch.Tensor, sh
     if few and not torch.is_grad_enabled() and not torch.is_autocast_enabled(query.device.type):
         dtype = _sum_dtype(query, keys)
         return scores_at_once(query.to(dtype), keys.to(dtype), v.to(dtype))
-    return AdditiveScores.apply(query, keys, v, _key_factors(query, keys, shared))
+    record = _loop_keys(query, keys) if shared else None
+    if record is not None:
+        return AdditiveScores.apply(query, record.token, v, record.factors, record)
+    factors = _key_factors(query, keys) if query.size(1) >= QUERIES_TO_FACTOR else None
+    return AdditiveScores.apply(query, keys, v, factors, None)

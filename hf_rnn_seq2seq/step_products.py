@@ -3,7 +3,7 @@
 y_t = W x_t + b for t = 1 ... T has the gradient dW = sum_t dy_t x_t^T. Taken step by step, that is T thin products,
 and T additions to a gradient as large as the weight, which costs more than the rest of a step. Here a step's backward
 pass makes dx_t alone and puts dy_t and x_t aside; when all steps are done, one product over all of them makes dW.
-Attention's products with the keys and values of a source are treated alike.
+Attention's products with the keys and values of a source are treated alike, and the keys of additive attention.
 
 Shapes: B batch, T target, I input, O output, S source, D width of what is attended to.
 """
@@ -42,6 +42,8 @@ class Waiting:
         steps, self.steps = self.steps, []
         if not steps or self.task != torch._C._current_graph_task_id():
             return None
+        if len(steps) == 1:
+            return list(steps[0])
         return [torch.cat(parts, dim=-2) for parts in zip(*steps, strict=True)]
 
     def gradients(self) -> tuple[torch.Tensor, ...] | None:
@@ -219,6 +221,33 @@ class _MemoryProduct(torch.autograd.Function):
         return None, None, grad @ factor.transpose(-2, -1)
 
 
+class LoopKeys(Waiting):
+    """
+    Keys of additive attention, [B, S, A], for as long as one loop runs. A step's part of their gradient is as large as
+    they are: it is added up where it is made (additive_scores.py), by which also no two of them take memory.
+    """
+
+    def __init__(self, keys: torch.Tensor):
+        super().__init__()
+        self.original, self.keys = keys, keys.detach()
+        self.factors: torch.Tensor | None = None  # what additive_scores.py makes of them
+        self.scale: torch.Tensor | None = None  # of the gradient, [A]
+        self.token = _Shared.apply(self, keys)
+
+    def gradient_so_far(self) -> torch.Tensor | None:
+        """[B, S, A] without its scale, to be added to; `None` in a backward pass's first step."""
+        ours = self.steps and self.task == torch._C._current_graph_task_id()
+        return self.steps[0][0] if ours else None
+
+    def gradients(self) -> tuple[torch.Tensor] | None:
+        """dK [B, S, A]."""
+        taken = self.take()
+        if taken is None:
+            return None
+        assert self.scale is not None
+        return (taken[0].mul_(self.scale),)
+
+
 class LoopWeights(dict[int, LoopWeight]):
     """The weights of one loop, or of many, by identity. A copy of it is empty."""
 
@@ -228,15 +257,15 @@ class LoopWeights(dict[int, LoopWeight]):
         self.screens: dict[int, Any] = {}  # those of `screening.screen_of`
         self.pairs: dict[tuple[int, int], LoopWeightPair] = {}  # those of `linear_pair`
         self.memories: dict[tuple[int, bool], LoopMemory] = {}  # those of `memory_product`
-        # Of `additive_scores`: a training loop's keys, and what is made of them.
-        self.key_factors: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self.keys_of_loop: dict[int, LoopKeys] = {}  # those of `additive_scores`
 
     def drop_tokens(self) -> None:
         """
         After the loop. A token knows its node, which knows the record: while that has the token, only Python's
         collector of garbage frees the three, and it comes late to what has lived through a training step.
         """
-        for record in (*self.values(), *self.pairs.values(), *self.memories.values()):
+        kinds = (self, self.pairs, self.memories, self.keys_of_loop)
+        for record in (one for records in kinds for one in records.values()):
             record.token = None
 
     def forget_changed(self) -> None:

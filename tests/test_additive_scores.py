@@ -252,6 +252,64 @@ def test_on_a_gpu(length: int) -> None:
     assert_all_close([tensor.cpu() for tensor in (found.detach(), *gradients)], plain, **EXACT)
 
 
+# In a loop over time
+
+
+def looped(inputs: list[torch.Tensor], active: bool, steps: int = 4) -> torch.Tensor:
+    """Each step's queries are made of the scores before. [B, heads, T, S]"""
+    query, keys, v = inputs
+    with shared_by_steps(active):
+        for _ in range(steps):
+            scores = additive_scores(query, keys, v, shared=True)
+            query = query * scores.sum((1, 3)).tanh().unsqueeze(-1).to(query.dtype)
+    return scores
+
+
+@pytest.mark.parametrize("numbers", [1, 40, 10**6])
+@pytest.mark.parametrize("length", [1, 3])
+def test_steps_add_up_the_gradient_of_their_keys(length: int, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "NUMBERS_AT_ONCE", numbers)
+    inputs = tensors(3, length, 5, 2, 4)
+    calls: list[torch.Tensor] = []
+    inputs[1].register_hook(calls.append)
+    found = values_and_gradients(lambda *args: looped(list(args), True), inputs)
+    assert len(calls) == 1
+    assert_all_close(found, values_and_gradients(lambda *args: looped(list(args), False), inputs), **EXACT)
+
+
+def test_steps_by_finite_differences_and_twice() -> None:
+    inputs = tensors(2, 1, 3, 2, 2)
+    assert torch.autograd.gradcheck(lambda *args: looped(list(args), True), inputs)
+    total = looped(inputs, True).sum()
+    (of_query,) = torch.autograd.grad(total, inputs[:1], retain_graph=True)  # leaves nothing behind
+    once = torch.autograd.grad(total, inputs, retain_graph=True)
+    assert_all_close(list(once), list(torch.autograd.grad(total, inputs)), rtol=0, atol=0)
+    torch.testing.assert_close(of_query, once[0])
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_steps_with_a_frozen_part(frozen: int) -> None:
+    results = []
+    for active in (True, False):
+        inputs = tensors(3, 1, 4, 1, 5)
+        inputs[frozen].requires_grad_(False)
+        looped(inputs, active).sum().backward()
+        results.append([one.grad for one in inputs if one.grad is not None])
+    assert len(results[0]) == 2
+    assert_all_close(*results, **EXACT)
+
+
+def test_steps_in_a_narrow_type_add_up_in_a_wide_one() -> None:
+    """In bfloat16 itself a sum of 300 terms would have stopped growing."""
+    query, keys, v = tensors(3, 1, 4, 1, 6, dtype=torch.bfloat16)
+    (one,) = torch.autograd.grad(additive_scores(query, keys, v).sum(), [keys])
+    with shared_by_steps():
+        total = torch.stack([additive_scores(query, keys, v, shared=True) for _ in range(300)]).sum()
+    (found,) = torch.autograd.grad(total, [keys])
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), 300 * one.float(), rtol=0.01, atol=0)
+
+
 # In a model
 
 ADDITIVE = [
