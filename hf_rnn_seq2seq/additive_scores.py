@@ -180,12 +180,12 @@ class AdditiveScores(torch.autograd.Function):
                 d = d_keys[b].unsqueeze(1) if one_query and first else r
                 torch.ops.aten.sigmoid_backward(g.unsqueeze(-1), by_head, grad_input=d.view(by_head.shape))
                 torch.sum(d, 2, out=d_query[b, t])
-                if one_query and not first:
-                    d_keys[b] += d.squeeze(1)
-                elif not one_query and first and t.start == 0:
-                    torch.sum(d, 1, out=d_keys[b])
-                elif not one_query:
-                    d_keys[b] += d.sum(1)
+                if d is not r:
+                    continue
+                if first and t.start == 0:
+                    torch.sum(r, 1, out=d_keys[b])
+                else:
+                    d_keys[b] += r.squeeze(1) if one_query else r.sum(1)
         scale = 4 * v.to(dtype).flatten()
         d_query = d_query.mul_(scale).to(query.dtype)
         d_v = (grad.sum((0, 1, 2)).unsqueeze(1) - 2 * d_v.squeeze(1)).to(v.dtype)

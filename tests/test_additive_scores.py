@@ -1,6 +1,7 @@
 """Additive attention's scores in parts against the plain equation, and what is kept for the backward pass."""
 
 import copy
+import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_rnn_seq2seq import additive_scores as module
 from hf_rnn_seq2seq import attention, content_attention
 from hf_rnn_seq2seq.additive_scores import additive_scores, plain_additive_scores
-from hf_rnn_seq2seq.step_products import shared_by_steps
+from hf_rnn_seq2seq.step_products import LoopKeys, shared_by_steps
 from tests.models import CONFIGURATIONS, batch_of, name_of, ragged_batch, tiny_model
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -297,6 +298,23 @@ def test_steps_with_a_frozen_part(frozen: int) -> None:
         results.append([one.grad for one in inputs if one.grad is not None])
     assert len(results[0]) == 2
     assert_all_close(*results, **EXACT)
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_what_a_loop_made_of_its_keys_goes_with_its_result(backward: bool) -> None:
+    """Not only when Python looks for garbage."""
+    inputs = tensors(3, 1, 4, 1, 5)
+    gc.collect()
+    gc.disable()
+    try:
+        total = looped(inputs, True).sum()
+        assert any(isinstance(one, LoopKeys) for one in gc.get_objects())
+        if backward:
+            total.backward()
+        del total
+        assert not any(isinstance(one, LoopKeys) for one in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 def test_steps_in_a_narrow_type_add_up_in_a_wide_one() -> None:
