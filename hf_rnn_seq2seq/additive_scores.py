@@ -192,8 +192,7 @@ class AdditiveScores(torch.autograd.Function):
         if record is None:
             return d_query, d_keys.mul_(scale).to(keys.dtype), d_v, None, None
         if first:
-            record.put_aside(d_keys)
-        record.scale = scale
+            record.put_aside(d_keys, scale)
         return d_query, None, d_v, None, None
 
 

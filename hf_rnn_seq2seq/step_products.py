@@ -231,11 +231,10 @@ class LoopKeys(Waiting):
         super().__init__()
         self.original, self.keys = keys, keys.detach()
         self.factors: torch.Tensor | None = None  # what additive_scores.py makes of them
-        self.scale: torch.Tensor | None = None  # of the gradient, [A]
         self.token = _Shared.apply(self, keys)
 
     def gradient_so_far(self) -> torch.Tensor | None:
-        """[B, S, A] without its scale, to be added to; `None` in a backward pass's first step."""
+        """[B, S, A] without its scale, to be added to; `None` in the first step, which puts both aside."""
         ours = self.steps and self.task == torch._C._current_graph_task_id()
         return self.steps[0][0] if ours else None
 
@@ -244,8 +243,8 @@ class LoopKeys(Waiting):
         taken = self.take()
         if taken is None:
             return None
-        assert self.scale is not None
-        return (taken[0].mul_(self.scale),)
+        grad, scale = taken
+        return (grad.mul_(scale),)
 
 
 class LoopWeights(dict[int, LoopWeight]):
