@@ -21,7 +21,7 @@ from transformers.loss.loss_utils import ForMaskedLMLoss
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
 from .heads import Head, HeadInput, LinearHead
 from .losses import IGNORED, fenchel_young_losses, smoothing_loss, token_loss
-from .normalizers import NORMALIZERS
+from .normalizers import LOG2_E, NORMALIZERS
 from .step_products import StepLinear
 
 # How many scores are made at once, 32 MB in float32 (on other devices than a CPU 512 MB); but of so many positions at
@@ -50,7 +50,7 @@ def _losses_and_gradient(
     smoothed = z_gold - scores.mean(1) if smoothing > 0 else torch.zeros_like(z_gold)
     if normalizer == "softmax":
         largest = scores.amax(1, keepdim=True)
-        p = scores.sub_(largest).exp_()
+        p = torch.add(-LOG2_E * largest, scores, alpha=LOG2_E, out=scores).exp2_()  # e^(score - largest)
         total = p.sum(1, keepdim=True)
         losses = (total.log() + largest).squeeze(1) - z_gold
         p.mul_(scales / total)
