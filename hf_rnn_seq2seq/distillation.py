@@ -4,6 +4,7 @@ Knowledge distillation: a model learns from what others, trained before, think o
 Shapes: B batch, T target, W words with a probability: the vocabulary, or more for a head that copies.
 """
 
+import hashlib
 from collections.abc import Sequence
 from inspect import signature
 from typing import Any, cast
@@ -65,14 +66,21 @@ class Teacher:
         student: the model to teach.
         tokenizer: the student's, if it is known: the teachers' must have the same vocabularies.
         device: where they compute.
+        memory: how many bytes of what they said are kept, to be read again when a row comes back.
 
     Raises:
         ValueError: models or tokenizers that don't fit the student; names the teacher and what differs.
     """
 
     def __init__(
-        self, names: Sequence[str], student: PreTrainedModel, tokenizer: Any, device: torch.device | str = "cpu"
+        self,
+        names: Sequence[str],
+        student: PreTrainedModel,
+        tokenizer: Any,
+        device: torch.device | str = "cpu",
+        memory: int = 0,
     ):
+        self.memory = RowMemory(memory)
         self.model: Any = RnnSeq2SeqEnsemble.from_pretrained(list(names)).eval().requires_grad_(False)
         self.model.to(student.device)
         for name, member in zip(names, self.model.members, strict=True):
@@ -88,12 +96,92 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """log q of every word after the labels before it, [B, T, W]; `inputs` are the student's."""
+        """
+        log q of every word after the labels before it, [B, T, W]; `inputs` are the student's. What is read from memory
+        has zeros behind a row's last label.
+
+        Raises:
+            ValueError: where there is a memory, for words that are copied (`copy_ids`).
+        """
         known = signature(self.model.forward).parameters.keys() - {"labels"}  # of which it would make a loss
         read = {name: value for name, value in inputs.items() if name in known}
-        if "decoder_input_ids" not in read:
+        given = "decoder_input_ids" in read  # of scheduled sampling: such a row does not come back
+        if not given:
             read["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(inputs["labels"])
-        return cast(torch.Tensor, self.model(**read, use_cache=False).logits)
+        if given or self.memory.limit == 0:
+            return self._log_q(read)
+        if "copy_ids" in read:
+            raise ValueError(
+                "distillation_memory: words are copied from the source, so that every batch has others; leave it out."
+            )
+        lengths = row_lengths(inputs["labels"] != IGNORED)
+        keys = row_keys({**read, "labels": inputs["labels"]}, lengths)
+        new = [row for row, key in enumerate(keys) if key not in self.memory.rows]
+        said: dict[int, torch.Tensor] = {}
+        if new:
+            index = torch.tensor(new, device=inputs["labels"].device)
+            some = {name: one[index] if isinstance(one, torch.Tensor) else one for name, one in read.items()}
+            said = dict(zip(new, self._log_q(some), strict=True))
+        rows = [said[row][:end] if row in said else self.memory.rows[keys[row]] for row, end in enumerate(lengths)]
+        for row in new:
+            self.memory.keep(keys[row], rows[row])
+        log_q = rows[0].new_zeros(*inputs["labels"].shape, rows[0].size(1), device=inputs["labels"].device)
+        for row, end in enumerate(lengths):
+            log_q[row, :end] = rows[row]
+        return log_q
+
+    def _log_q(self, inputs: dict[str, Any]) -> torch.Tensor:
+        return cast(torch.Tensor, self.model(**inputs, use_cache=False).logits)
+
+
+class RowMemory:
+    """
+    What a teacher said of rows, [T, W] each, on the CPU.
+
+    Args:
+        limit: bytes; when they are used up, no more rows are kept.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.used = limit, 0
+        self.rows: dict[bytes, torch.Tensor] = {}
+
+    def keep(self, key: bytes, log_q: torch.Tensor) -> None:
+        if key not in self.rows and self.used + log_q.nbytes <= self.limit:
+            self.used += log_q.nbytes
+            self.rows[key] = log_q.to("cpu", copy=True)
+
+
+def row_lengths(there: torch.Tensor) -> list[int]:
+    """Up to the last position that is there: bool [B, T] -> B numbers."""
+    positions = torch.arange(1, there.size(1) + 1, device=there.device)
+    return cast(list[int], (there * positions).amax(1).tolist())
+
+
+def row_keys(inputs: dict[str, Any], lengths: list[int]) -> list[bytes]:
+    """
+    A name for each row of a batch that is the same in every batch that it is in, however that is padded.
+
+    Args:
+        inputs: `labels` [B, T], and of the source [B, S] or [B, S, *]; also `attention_mask` [B, S] if there is one.
+        lengths: of each row's labels.
+    """
+    mask = inputs.get("attention_mask")
+    source_lengths = [None] * len(lengths) if mask is None else row_lengths(mask != 0)
+    arrays = {
+        name: (one.float() if one.is_floating_point() else one).numpy(force=True)  # numpy has no bfloat16
+        for name, one in sorted(inputs.items())
+        if isinstance(one, torch.Tensor)
+    }
+    keys = []
+    for row, (target, source) in enumerate(zip(lengths, source_lengths, strict=True)):
+        key = hashlib.blake2b(digest_size=16)
+        for name, array in arrays.items():
+            of_target = name == "labels" or name.startswith("decoder_")
+            part = array[row][: target if of_target else source]
+            key.update(repr((name, part.shape)).encode() + part.tobytes())
+        keys.append(key.digest())
+    return keys
 
 
 def vocabularies(tokenizer: Any) -> list[dict[str, int]]:

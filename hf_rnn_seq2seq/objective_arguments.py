@@ -136,6 +136,13 @@ class ObjectiveArguments(Seq2SeqTrainingArguments):
         default=1.0,
         metadata={"help": "Both sides' logits are divided by it: above 1, unlikely words count for more."},
     )
+    distillation_memory: float = field(
+        default=0.0,
+        metadata={
+            "help": "So many GB of what the teachers said are kept, in each process: of rows that come back they are "
+            "not asked again. For small vocabularies; a row takes its labels times the vocabulary times four bytes."
+        },
+    )
     minimum_risk_weight: float = field(
         default=0.0, metadata={"help": "Weight of the expected cost of candidates (Shen et al. 2016)."}
     )
@@ -208,10 +215,12 @@ def check_objective_arguments(args: ObjectiveArguments) -> None:
         "minimum_risk_sharpness",
     ):
         check(name, 0 < getattr(args, name) < math.inf, "above 0")
+    check("distillation_memory", 0 <= args.distillation_memory < math.inf, "0 or more")
     if args.distillation_weight > 0:
         check("distillation_teachers", bool(args.distillation_teachers), "at least one model for distillation_weight")
     else:
         check("distillation_teachers", not args.distillation_teachers, "left out without distillation_weight")
+        check("distillation_memory", args.distillation_memory == 0, "left out without distillation_weight")
     check("transition_penalty_rows", args.transition_penalty_rows >= 1, "at least 1")
     check("minimum_risk_count", args.minimum_risk_count >= 1, "at least 1")
 

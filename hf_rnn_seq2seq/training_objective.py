@@ -71,7 +71,8 @@ class ObjectiveTrainer(Seq2SeqTrainer):
                 f"{', '.join(REGULARIZATION)} must be above 0."
             )
         if args.distillation_weight > 0:
-            self._teacher = Teacher(args.distillation_teachers or [], self.model, self.processing_class, args.device)
+            names, memory = args.distillation_teachers or [], int(args.distillation_memory * 1e9)
+            self._teacher = Teacher(names, self.model, self.processing_class, args.device, memory)
         if args.minimum_risk_weight > 0:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError("`minimum_risk_weight` is for weights that every process holds whole.")

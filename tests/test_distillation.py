@@ -148,6 +148,91 @@ def test_several_teachers_are_averaged(tmp_path: Path) -> None:
     torch.testing.assert_close(both, (each[0] + each[1]) / 2)
 
 
+def text_batch(rows: list[tuple[list[int], list[int]]], left: int = 0, right: int = 0) -> dict[str, torch.Tensor]:
+    """Rows of source and labels, with so many more columns of padding."""
+
+    def padded(sides: list[list[int]], pad: int, before: int) -> torch.Tensor:
+        width = max(map(len, sides)) + right
+        return torch.tensor([[pad] * before + side + [pad] * (width - len(side)) for side in sides])
+
+    sources, labels = (list(side) for side in zip(*rows, strict=True))
+    there = padded([[1] * len(source) for source in sources], 0, left)
+    return {"input_ids": padded(sources, 0, left), "attention_mask": there, "labels": padded(labels, -100, 0)}
+
+
+ROWS = [([4, 5, 6], [4, 5, 2]), ([7], [6, 2]), ([8, 9, 4, 5], [7, -100, 8, 2]), ([4, 5, 6], [4, 6, 2]), ([4], [2])]
+
+
+def test_a_memory_says_what_the_teachers_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever batch a row comes back in: the teachers are asked once for each."""
+    names = [teacher_folder(tmp_path / str(seed), seed) for seed in (1, 2)]
+    student = tiny_model(**SIZES)
+    plain, remembering = (Teacher(names, student, None, memory=memory) for memory in (0, 10**6))
+    asked = []
+    ask = remembering._log_q
+    monkeypatch.setattr(remembering, "_log_q", lambda read: asked.append(len(read["input_ids"])) or ask(read))
+    for rows, padding, new in (
+        (ROWS[:2], {}, 2),
+        (ROWS[1:4], {"right": 2}, 2),
+        (ROWS[::-1], {"right": 1}, 1),
+        (ROWS, {}, 0),
+        (ROWS[:1], {"left": 1}, 1),  # the source's own padding is taken as it is
+        (ROWS[:1] * 2, {}, 0),
+    ):
+        asked.clear()
+        batch = text_batch(rows, **padding)
+        found, labelled = remembering(batch), batch["labels"] != -100
+        assert sum(asked) == new
+        assert found.shape == (*labelled.shape, 13)
+        torch.testing.assert_close(found[labelled], plain(batch)[labelled], rtol=1e-5, atol=1e-6)
+    batch = {**text_batch(ROWS), "decoder_input_ids": torch.full((5, 4), 7)}  # what scheduled sampling makes
+    torch.testing.assert_close(remembering(batch), plain(batch))
+    assert len(remembering.memory.rows) == 6
+
+
+def test_a_memory_keeps_to_its_limit(tmp_path: Path) -> None:
+    name, student = teacher_folder(tmp_path / "teacher"), tiny_model(**SIZES)
+    small = Teacher([name], student, None, memory=7 * 13 * 4)  # seven words
+    batch = text_batch(ROWS)
+    small(text_batch([ROWS[0], ROWS[0]]))
+    for _ in range(2):
+        found = small(batch)
+        torch.testing.assert_close(found[2], Teacher([name], student, None)(batch)[2])
+        kept = [len(row) for row in small.memory.rows.values()]
+        assert kept == [3, 2, 1]  # the third row has four, the fourth three, the fifth one
+        assert small.memory.used == sum(one.nbytes for one in small.memory.rows.values()) <= small.memory.limit
+        # No row holds the batch that it came from.
+        assert all(one.untyped_storage().nbytes() == one.nbytes for one in small.memory.rows.values())
+
+
+def test_training_with_a_memory(tmp_path: Path) -> None:
+    name = teacher_folder(tmp_path / "teacher")
+    logs, asked = [], []
+    for memory in (0.0, 1e-3):
+        settings = {"distillation_weight": 2.0, "distillation_teachers": [name], "distillation_memory": memory}
+        trainer = make_trainer(tmp_path / str(memory), max_steps=12, logging_steps=1, **settings)
+        asked.append(0)
+
+        def count(*_: Any) -> None:
+            asked[-1] += 1
+
+        trainer._teacher.model.register_forward_pre_hook(count)
+        trainer.train()
+        logs.append([entry["loss"] for entry in trainer.state.log_history[:-1]])
+    assert logs[1] == pytest.approx(logs[0], rel=1e-4)
+    assert asked[0] == 12
+    assert 0 < asked[1] < 12
+
+
+def test_a_memory_is_refused_where_words_are_copied(tmp_path: Path) -> None:
+    name = teacher_folder(tmp_path / "teacher", head_type="pointer_generator")
+    teacher = Teacher([name], tiny_model(**SIZES, head_type="pointer_generator"), None, memory=1000)
+    batch = text_batch(ROWS)
+    assert teacher(batch).size(2) == 13
+    with pytest.raises(ValueError, match="distillation_memory: words are copied"):
+        teacher({**batch, "copy_ids": batch["input_ids"]})
+
+
 def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
     fits = teacher_folder(tmp_path / "fits")
     other = teacher_folder(tmp_path / "other", vocab_size=17)
@@ -169,6 +254,8 @@ def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
         ({"distillation_teachers": ["x"]}, "distillation_teachers=['x']: must be left out without"),
         ({"distillation_weight": math.nan}, "distillation_weight=nan: must be a number of at least 0"),
         ({"distillation_temperature": 0.0}, "distillation_temperature=0.0: must be above 0"),
+        ({"distillation_memory": 1.0}, "distillation_memory=1.0: must be left out without"),
+        ({"distillation_memory": math.nan}, "distillation_memory=nan: must be 0 or more"),
         ({"distillation_start": -1}, "distillation_start=-1: must be a number of updates"),
     ],
     ids=str,
