@@ -105,10 +105,9 @@ class Teacher:
         """
         known = signature(self.model.forward).parameters.keys() - {"labels"}  # of which it would make a loss
         read = {name: value for name, value in inputs.items() if name in known}
-        given = "decoder_input_ids" in read  # of scheduled sampling: such a row does not come back
-        if not given:
+        if "decoder_input_ids" not in read:
             read["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(inputs["labels"])
-        if given or self.memory.limit == 0:
+        if self.memory.limit == 0:
             return self._log_q(read)
         if "copy_ids" in read:
             raise ValueError(
