@@ -51,7 +51,7 @@ def check_generation_options(options: Sequence[str], num_beams: int) -> None:
         if name in values and num_beams == 1:
             raise ValueError(f"--generation_options {name}={values[name]}: needs --num_beams greater than 1")
     try:
-        config = GenerationConfig(num_beams=num_beams, length_penalty=1.0, **values)
+        config = GenerationConfig(**{"num_beams": num_beams, "length_penalty": 1.0, **values})
         config.validate(strict=True)
         take_options(config, {}, {})
     except (ValueError, TypeError) as error:

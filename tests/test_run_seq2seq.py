@@ -160,7 +160,8 @@ def test_shared_vocabulary_smoothing_and_several_references(script, tmp_path):
     flags += ["--metrics", "symbol_error_rate", "bleu", "meteor", "--bleu_tokenize", "none", "--bleu_lowercase"]
     flags += ["--meteor_stemmer", "german", "--meteor_tokenize", "whitespace"]
     flags += ["--error_rate_symbols", "characters", "--max_predict_samples", "4", "--max_eval_samples", "3"]
-    flags += ["--num_beams", "2", "--generation_options", "min_new_tokens=6", "coverage_penalty=0"]
+    flags += ["--num_beams", "2"]
+    flags += ["--generation_options", "min_new_tokens=6", "coverage_penalty=0", "length_penalty=0.5"]
     results = script.main(flags)
     assert (results["train_samples"], results["eval_samples"], results["predict_samples"]) == (20, 3, 4)
     assert not (tmp_path / "out" / "attention_plots").exists()  # there is nothing to draw
@@ -170,10 +171,13 @@ def test_shared_vocabulary_smoothing_and_several_references(script, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["source_vocab_size"] is None
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert {"num_beams": 2, "min_new_tokens": 6, "coverage_penalty": 0}.items() <= generation.items()
+    expected = {"num_beams": 2, "min_new_tokens": 6, "coverage_penalty": 0, "length_penalty": 0.5}
+    assert expected.items() <= generation.items()
     texts = (tmp_path / "out" / "generated_predictions.txt").read_text(encoding="utf-8").splitlines()
     assert all(len(text) >= 5 for text in texts)  # an end of sequence is a token, too
-    assert "2 beams min_new_tokens=6 coverage_penalty=0 (test)" in (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "2 beams min_new_tokens=6 coverage_penalty=0 length_penalty=0.5 (test)" in (
+        tmp_path / "out" / "README.md"
+    ).read_text("utf-8")
     row = json.loads((tmp_path / "out" / "generated_predictions.jsonl").open(encoding="utf-8").readline())
     assert row["references"] == ["abc", "cba"]
 
