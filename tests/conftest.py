@@ -9,6 +9,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a process already
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # machines are shared: how long a test takes says nothing
+settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

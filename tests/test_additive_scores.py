@@ -47,7 +47,7 @@ def assert_all_close(one: list[torch.Tensor], other: list[torch.Tensor], **toler
         torch.testing.assert_close(a, b, **tolerance)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     batch=st.integers(1, 4),
     length=st.integers(1, 7),

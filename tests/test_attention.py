@@ -162,7 +162,7 @@ def test_feedback_takes_one_query(name: str) -> None:
 rows = st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(name=st.sampled_from(list(CASES)), training=st.booleans(), rows=rows, seed=st.integers(0, 99))
 def test_any_padding_and_no_tokens_at_all(name: str, training: bool, rows: list[list[bool]], seed: int) -> None:
     """A row is what it would be alone and unpadded; one without tokens gets zeros, and no gradient is NaN."""

@@ -80,7 +80,7 @@ def padded_tokens(lengths: np.ndarray, batch: list[int]) -> int:
     return len(batch) * int(lengths[batch].max(0).sum())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=4, max_size=70),
     batch_size=st.integers(1, 6),

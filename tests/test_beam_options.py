@@ -254,7 +254,7 @@ def test_misspelt_attributes_are_refused() -> None:
         tiny_model().generate(source, attention_mask=mask, generation_config=config)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(st.lists(st.tuples(st.integers(-9, 9), st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=12))
 def test_banks_take_turns(candidates: list[tuple[int, int, int]]) -> None:
     scores, banks, ranks = torch.tensor(candidates).T[:, None].unbind()

@@ -378,7 +378,7 @@ def fewest_tokens(words: list[Any]) -> int:
     return sum(min(map(len, phrase)) if isinstance(phrase[0], list) else len(phrase) for phrase in words)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(
     st.lists(st.lists(phrases, max_size=4), min_size=3, max_size=3).filter(any),
     st.integers(2, 6),

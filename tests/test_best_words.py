@@ -16,7 +16,7 @@ def by_sorting(log_probs: torch.Tensor, running: torch.Tensor, kept: int) -> tup
     return scores.gather(1, places), places
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     sources=st.integers(1, 4),
     beams=st.integers(1, 6),
@@ -38,7 +38,7 @@ def test_by_blocks_as_by_sorting(sources: int, beams: int, blocks: int, tail: in
         assert torch.equal(one, other)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 5),
     vocabulary=st.integers(1, 400),
@@ -56,7 +56,7 @@ def test_best_words_are_the_first_of_the_best(
         assert best_words(one).tolist() == [row.index(max(row)) for row in scores.tolist()]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     sources=st.integers(1, 4),
     beams=st.integers(1, 6),

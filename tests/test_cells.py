@@ -204,7 +204,7 @@ def test_gradcheck_of_the_scan(length: int) -> None:
     assert torch.autograd.gradgradcheck(LinearRecurrence.apply, inputs)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(length=st.integers(1, 140), seed=st.integers(0, 1000))
 def test_scan_equals_the_loop(length: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -58,7 +58,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @EVERY_NORMALIZER
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     vocab_size=st.integers(2, 12),
     shape=st.tuples(st.integers(1, 4), st.integers(1, 5)),

@@ -182,7 +182,7 @@ def pieces_side(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Pr
 
 
 @given(words=st.lists(st.text("abcde", min_size=1, max_size=9), max_size=5))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_subword_nmt(pieces_side: tuple[list[str], PreTrainedTokenizerFast], words: list[str]) -> None:
     tokens, side = pieces_side
     ids = side(" ".join(words)).input_ids

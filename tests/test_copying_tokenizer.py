@@ -206,7 +206,7 @@ words = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.lists(st.tuples(words, words), min_size=1, max_size=4), side=st.sampled_from(["left", "right"]))
 def test_round_trips(rows: list[tuple[list[str], list[str]]], side: str) -> None:
     pair = ROUND_TRIP_PAIR

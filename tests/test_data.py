@@ -221,7 +221,7 @@ def test_a_changed_file_is_read_again(tmp_path):
     sources=st.lists(st.text("abc ä", max_size=3), min_size=1, max_size=60),
     more=st.lists(st.text("abc ä", max_size=3), max_size=10),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_source_stays_in_its_split(sources, more):
     """No source in two splits, and none moves when other rows come or the order changes."""
 

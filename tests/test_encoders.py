@@ -99,7 +99,7 @@ def test_equals_the_plain_implementation(setting: dict[str, Any], reverse: bool)
 
 @pytest.mark.parametrize("name", [*BODIES, "rnn_residual-gru", "pyramidal-gru"])
 @both_orders
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_padding_changes_nothing(name: str, reverse: bool, data: st.DataObject) -> None:
     """Wherever a sentence stands in the batch, it is read as if it were alone, without a mask."""

@@ -165,7 +165,7 @@ def test_beam_search_against_every_hypothesis(average: Any, num_beams: int) -> N
             assert by_generate == pytest.approx(sorted(scores.values())[:-4:-1], rel=FLOAT32, abs=FLOAT32)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
     side=st.sampled_from(["left", "right", "both"]),

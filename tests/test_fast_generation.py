@@ -129,7 +129,7 @@ def test_every_mode_generates_the_same_ids(mode: str) -> None:
         assert torch.equal(ours, theirs)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=20),
     seed=st.integers(0, 1000),

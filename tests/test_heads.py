@@ -148,7 +148,7 @@ def test_pointer_generator_head(heads: int, extra: int) -> None:
     assert (output[0, :, VOCABULARY + 1 :] == floor).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     ids=st.lists(st.integers(0, VOCABULARY + S - 1), min_size=S, max_size=S),
     weights=st.lists(st.floats(0, 1), min_size=S, max_size=S),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
@@ -47,7 +47,6 @@ def saved(model: nn.Module, folder: Path) -> Path:
 
 
 @given(st.integers(1, 6), st.integers(1, 20), st.sampled_from([1e-30, 1e-3, 1.0, 1e5]), st.integers(0, 9))
-@settings(deadline=None)
 def test_rows_are_within_half_a_step(rows: int, columns: int, scale: float, seed: int) -> None:
     torch.manual_seed(seed)
     weight = scale * torch.randn(rows, columns)

@@ -80,7 +80,7 @@ def test_gradients_against_finite_differences(name: str) -> None:
     shift=st.sampled_from([0.0, -8.0, 1e4]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_sparse_losses_are_never_negative_and_zero_beyond_the_margin(
     name: str, scores: list[float], gold: int, shift: float, dtype: torch.dtype
 ) -> None:
@@ -261,7 +261,7 @@ def plain_coverage(weights: torch.Tensor, labels: torch.Tensor) -> float:
         lambda t: st.lists(st.lists(st.sampled_from([-100, 4]), min_size=t, max_size=t), min_size=2, max_size=2)
     ),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_coverage_loss_is_that_of_a_loop(seed: int, heads: int, source: int, labels: list[list[int]]) -> None:
     targets = torch.tensor(labels)
     weights = attention(seed, heads, targets.size(1), source)

@@ -51,7 +51,7 @@ def test_errors_against_one_reference_are_the_edit_distance(prediction: str, ref
     assert len(prediction.split()) - len(reference.split()) == errors.insertions - errors.deletions
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(examples, st.sampled_from(["whitespace", "characters"]))
 def test_symbol_error_rate_is_summed_distance_to_the_nearest_over_its_length(pairs, symbols: str) -> None:
     def split(text: str) -> list[str]:
@@ -69,7 +69,7 @@ def test_symbol_error_rate_is_summed_distance_to_the_nearest_over_its_length(pai
     assert result == {"symbol_error_rate": pytest.approx(100 * errors / max(length, 1))}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(examples)
 def test_sequence_error_rate_counts_what_equals_no_reference(pairs) -> None:
     predictions, references = [list(column) for column in zip(*pairs, strict=True)]

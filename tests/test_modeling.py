@@ -236,7 +236,7 @@ def test_long_sources_and_targets(wiring: str) -> None:
 
 
 @given(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4), side=st.sampled_from(["right", "left", "both"]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_padding_changes_nothing_for_any_lengths(lengths: list[int], side: str) -> None:
     model = tiny_model(encoder_layers=2, bridge_type="last")
     source, mask = ragged_batch(lengths, side)

@@ -80,7 +80,7 @@ def masked_scores(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 @pytest.mark.parametrize("name", NORMALIZERS)
 @given(inputs=masked_scores())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_weights_are_those_found_by_bisection(name: str, inputs: tuple[torch.Tensor, torch.Tensor | None]) -> None:
     scores, mask = inputs
     weights = NORMALIZERS[name](scores, mask)
@@ -93,7 +93,7 @@ def test_weights_are_those_found_by_bisection(name: str, inputs: tuple[torch.Ten
 
 @pytest.mark.parametrize("name", NORMALIZERS)
 @given(inputs=masked_scores(), shift=st.sampled_from([-(2.0**20), -8.0, 0.5, 2.0**14]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_shift_of_the_scores_changes_nothing(
     name: str, inputs: tuple[torch.Tensor, torch.Tensor | None], shift: float
 ) -> None:

@@ -106,7 +106,7 @@ searches = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 10**6),
     eos_bias=st.sampled_from([-2.0, 0.0, 2.0]),

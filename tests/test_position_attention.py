@@ -13,7 +13,7 @@ from models import tiny_config
 from hf_rnn_seq2seq.attention import make_attention
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 999), training=st.booleans(), lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4))
 def test_monotonic_never_goes_back(seed: int, training: bool, lengths: list[int]) -> None:
     attention, config = build(seed, attention_type="monotonic", monotonic_noise=2.0)

@@ -46,7 +46,7 @@ numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
 vectors = st.lists(numbers, min_size=WIDTH, max_size=WIDTH)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     table=st.dictionaries(words | st.sampled_from(["dog", "Dog", "\u2028", "a\u00a0b", "5"]), vectors, min_size=1),
     others=st.lists(words, unique=True, max_size=4),

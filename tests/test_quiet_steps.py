@@ -78,7 +78,7 @@ def test_ids_are_the_same_and_helpers_are_not_asked(search: str, updates: list[i
     st.sampled_from([-4.0, -2.0, 0.0, 2.0]),
     st.lists(st.integers(1, 6), min_size=1, max_size=5),
 )
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_any_search_finds_the_same_ids(search: str, beams: int, seed: int, ends: float, lengths: list[int]) -> None:
     model = model_that_ends_late(seed % 7, ends)
     batch = batch_of(model, *ragged_batch(lengths, seed=seed))

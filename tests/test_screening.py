@@ -61,7 +61,7 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield rows  # noqa: PT022  the patch is undone after it
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     rows=st.integers(1, 6),
     vocabulary=st.integers(1, 300),
@@ -95,7 +95,7 @@ def test_no_other_word_is_better(
 
 @pytest.mark.parametrize("kind", KINDS)
 @example(rows=1, vocabulary=62, width=1, one_way=False, seed=2061)  # nothing is lost but to adding the bias
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 4),
     vocabulary=st.integers(1, 100),

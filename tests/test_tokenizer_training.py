@@ -100,7 +100,7 @@ def test_round_trip_of_random_text(kind: TokenizerKind) -> None:
     # Bytes: any text that UTF-8 can write; characters: any text of known ones.
     texts = st.text(st.characters(exclude_categories=["Cs"])) if kind == "byte_bpe" else st.text(alphabet)
 
-    @settings(max_examples=200, deadline=None, derandomize=True)
+    @settings(max_examples=200, derandomize=True)
     @given(texts)
     def check(text: str) -> None:
         assert round_trip(tokenizer, text) == text
@@ -113,7 +113,7 @@ def test_round_trip_of_random_text_in_subwords(kind: TokenizerKind) -> None:
     alphabet = "abé </s>'-.\n\u0301한ا👩\u200d"
     tokenizer = train_tokenizer([alphabet, "abab a</s> aba'b", "baba ab-ab"], kind, vocab_size=60)
 
-    @settings(max_examples=200, deadline=None, derandomize=True)
+    @settings(max_examples=200, derandomize=True)
     @given(st.text(alphabet))
     def check(text: str) -> None:
         assert round_trip(tokenizer, text) == text

@@ -189,7 +189,7 @@ def test_alignments_come_from_a_file(tmp_path: Path) -> None:
 # The transition penalty.
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     targets=st.lists(st.lists(st.integers(2, 9), max_size=5), min_size=1, max_size=6).filter(any),
     smoothing=st.sampled_from([0.01, 1.0]),
