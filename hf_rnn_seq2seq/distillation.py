@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from .ensemble import RnnSeq2SeqEnsemble, check_members
 from .losses import IGNORED, entropy, reduce_loss
 from .normalizers import NORMALIZERS
+from .recurrent_base import tokens_to_last
 
 
 def distillation_loss(
@@ -97,8 +98,7 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Any]) -> torch.Tensor:
         """
-        log q of every word after the labels before it, [B, T, W]; `inputs` are the student's. What is read from memory
-        has zeros behind a row's last label.
+        log q of every word after the labels before it, [B, T, W]; `inputs` are the student's.
 
         Raises:
             ValueError: where there is a memory, for words that are copied (`copy_ids`).
@@ -113,18 +113,22 @@ class Teacher:
             raise ValueError(
                 "distillation_memory: words are copied from the source, so that every batch has others; leave it out."
             )
-        lengths = row_lengths(inputs["labels"] != IGNORED)
-        keys = row_keys({**read, "labels": inputs["labels"]}, lengths)
+        return self._by_memory(read, inputs["labels"])
+
+    def _by_memory(self, read: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
+        """[`_log_q`], asked for of new rows alone; zeros behind a row's last label."""
+        lengths = tokens_to_last(labels != IGNORED).tolist()
+        keys = row_keys(read, lengths)
         new = [row for row, key in enumerate(keys) if key not in self.memory.rows]
         said: dict[int, torch.Tensor] = {}
         if new:
-            index = torch.tensor(new, device=inputs["labels"].device)
+            index = torch.tensor(new, device=labels.device)
             some = {name: one[index] if isinstance(one, torch.Tensor) else one for name, one in read.items()}
             said = dict(zip(new, self._log_q(some), strict=True))
         rows = [said[row][:end] if row in said else self.memory.rows[keys[row]] for row, end in enumerate(lengths)]
         for row in new:
             self.memory.keep(keys[row], rows[row])
-        log_q = rows[0].new_zeros(*inputs["labels"].shape, rows[0].size(1), device=inputs["labels"].device)
+        log_q = rows[0].new_zeros(*labels.shape, rows[0].size(1), device=labels.device)
         for row, end in enumerate(lengths):
             log_q[row, :end] = rows[row]
         return log_q
@@ -151,22 +155,17 @@ class RowMemory:
             self.rows[key] = log_q.to("cpu", copy=True)
 
 
-def row_lengths(there: torch.Tensor) -> list[int]:
-    """Up to the last position that is there: bool [B, T] -> B numbers."""
-    positions = torch.arange(1, there.size(1) + 1, device=there.device)
-    return cast(list[int], (there * positions).amax(1).tolist())
-
-
 def row_keys(inputs: dict[str, Any], lengths: list[int]) -> list[bytes]:
     """
     A name for each row of a batch that is the same in every batch that it is in, however that is padded.
 
     Args:
-        inputs: `labels` [B, T], and of the source [B, S] or [B, S, *]; also `attention_mask` [B, S] if there is one.
+        inputs: what a model reads: `decoder_input_ids` [B, T], and of the source [B, S] or [B, S, *]; also
+            `attention_mask` [B, S] if there is one.
         lengths: of each row's labels.
     """
     mask = inputs.get("attention_mask")
-    source_lengths = [None] * len(lengths) if mask is None else row_lengths(mask != 0)
+    source_lengths = [None] * len(lengths) if mask is None else tokens_to_last(mask != 0).tolist()
     arrays = {
         name: (one.float() if one.is_floating_point() else one).numpy(force=True)  # numpy has no bfloat16
         for name, one in sorted(inputs.items())
@@ -176,8 +175,7 @@ def row_keys(inputs: dict[str, Any], lengths: list[int]) -> list[bytes]:
     for row, (target, source) in enumerate(zip(lengths, source_lengths, strict=True)):
         key = hashlib.blake2b(digest_size=16)
         for name, array in arrays.items():
-            of_target = name == "labels" or name.startswith("decoder_")
-            part = array[row][: target if of_target else source]
+            part = array[row][: target if name.startswith("decoder_") else source]
             key.update(repr((name, part.shape)).encode() + part.tobytes())
         keys.append(key.digest())
     return keys

@@ -13,6 +13,11 @@ from .dropout import dropout_noise, random_mask
 State = tuple[torch.Tensor, ...]
 
 
+def tokens_to_last(mask: torch.Tensor) -> torch.Tensor:
+    """How many positions there are up to the last that is in the mask, [B, T] -> [B]: 0 for a row of padding."""
+    return (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(dim=1)
+
+
 class RecurrentLayer(nn.Module):
     """
     One layer, one direction.

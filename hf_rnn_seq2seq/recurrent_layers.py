@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .compiled_loop import scans
-from .recurrent_base import RecurrentLayer, State
+from .recurrent_base import RecurrentLayer, State, tokens_to_last
 from .step_products import in_training_loop, linear, linear_pair
 
 # At a padded step this pre-activation closes or opens a gate completely: sigmoid(+-1e4) is exactly 1 or 0 in every
@@ -100,9 +100,7 @@ class KernelLayer(RecurrentLayer):
     @staticmethod
     def _last_output(outputs: torch.Tensor, first: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """h after the last token of each row, [B, H]; a row without tokens keeps its first state."""
-        steps = torch.arange(1, mask.size(1) + 1, device=mask.device)
-        last = (mask * steps).amax(dim=1)  # [B], 0 for a row of padding
-        index = last.view(-1, 1, 1).expand(-1, 1, outputs.size(-1))
+        index = tokens_to_last(mask).view(-1, 1, 1).expand(-1, 1, outputs.size(-1))
         return torch.cat((first.unsqueeze(1), outputs), dim=1).gather(1, index).squeeze(1)
 
 

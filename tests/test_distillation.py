@@ -221,8 +221,8 @@ def test_a_memory_keeps_to_its_limit(tmp_path: Path) -> None:
 
 
 def test_training_with_a_memory(tmp_path: Path) -> None:
-    name = teacher_folder(tmp_path / "teacher")
     """With what the collator gives: every row is asked for in the first epoch alone."""
+    name = teacher_folder(tmp_path / "teacher")
     logs, asked, tokenizer = [], [], train_tokenizer(["abcdefghi"], "char")
     for memory in (0.0, 1e-3):
         settings = {"distillation_weight": 2.0, "distillation_teachers": [name], "distillation_memory": memory}
