@@ -1,22 +1,27 @@
-"""One model from the checkpoints of a training: the mean of their weights (Junczys-Dowmunt et al. 2016, section 3).
+"""One model from several: the mean of their weights.
 
-Checkpoints of a training with `ema_decay` hold its moving average as their model; that is then what is averaged.
+Of the checkpoints of a training (Junczys-Dowmunt et al. 2016, section 3); those of a training with `ema_decay` hold
+its moving average as their model, which is then what is averaged. Or of trained models (Wortsman et al. 2022, "Model
+soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time", section 2:
+the uniform soup), whose trainings began with the same weights, or one with the other's: between models that each began
+by chance there is no mean that is any good.
 """
 
 import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_utils import sort_checkpoints
 
 from .checkpoints import checkpoint_fault
+from .distillation import vocabularies
 from .trainer import LOWER_IS_BETTER
 
 logger = logging.getLogger(__name__)
@@ -27,7 +32,7 @@ NOT_COMPARED = ("transformers_version",)
 
 
 class AveragingError(ValueError):
-    """Checkpoints that are too few, or that don't belong together, or a folder that can't be written to."""
+    """Models that are too few, or that don't belong together, or a folder that can't be written to."""
 
 
 @dataclass(frozen=True)
@@ -108,25 +113,38 @@ def check_number(n: int, found: Sequence[Checkpoint], what: str) -> None:
 
 
 def average_checkpoints(checkpoints: Sequence[Checkpoint], output_dir: str | Path) -> None:
-    """Write the model whose weights are the mean of the checkpoints', in their type, summed up in float64.
+    """[`average_models`] of the checkpoints of a training, each said with its step and metrics."""
+    record = [
+        {"checkpoint": checkpoint.path.name, "step": checkpoint.step, "metrics": checkpoint.metrics}
+        for checkpoint in checkpoints
+    ]
+    average_models([checkpoint.path for checkpoint in checkpoints], output_dir, record)
 
-    The folder gets all that `save_pretrained` writes, the first checkpoint's tokenizer and generation settings, and
-    `averaged_from.json`, a list of the checkpoints. It appears as a whole or not at all.
+
+def average_models(
+    models: Sequence[str | Path], output_dir: str | Path, record: Sequence[Mapping[str, object]] | None = None
+) -> None:
+    """Write the model whose weights are the mean of the models', in their type, summed up in float64.
+
+    The folder gets all that `save_pretrained` writes, the first model's tokenizer and generation settings, and
+    `averaged_from.json`, a list of the models. It appears as a whole or not at all.
 
     Args:
-        checkpoints: of one model; the configurations, the names of the weights, their shapes and types must be equal.
+        models: folders of one model's weights; the configurations, the tokenizers' vocabularies, the names of the
+            weights, their shapes and types must be equal. A folder that is named twice counts twice.
         output_dir: a folder that isn't there yet, or is empty.
+        record: what the list says of each, by default its folder's name.
 
     Raises:
         AveragingError: naming the first difference, or if `output_dir` holds something.
     """
-    output_dir = Path(output_dir)
+    paths, output_dir = [Path(model) for model in models], Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise AveragingError(f"{output_dir} is there and not an empty folder: choose another.")
-    if not checkpoints:
+    if not paths:
         raise AveragingError("There is nothing to average.")
-    paths = [checkpoint.path for checkpoint in checkpoints]
     check_configurations(paths)
+    tokenizer = common_tokenizer(paths)
     weights = averaged_weights(paths)
 
     model = AutoModelForSeq2SeqLM.from_pretrained(paths[0])
@@ -142,32 +160,40 @@ def average_checkpoints(checkpoints: Sequence[Checkpoint], output_dir: str | Pat
     shutil.rmtree(partial, ignore_errors=True)  # an interrupted run's
     try:
         model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(paths[0]).save_pretrained(partial)
-        record = [
-            {"checkpoint": checkpoint.path.name, "step": checkpoint.step, "metrics": checkpoint.metrics}
-            for checkpoint in checkpoints
-        ]
-        (partial / AVERAGED_FROM_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(partial)
+        said = [{"model": path.name} for path in paths] if record is None else record
+        (partial / AVERAGED_FROM_NAME).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
         partial.rename(output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_configurations(paths: Sequence[Path]) -> None:
-    """Refuse checkpoints whose `config.json` differ, naming the first field that does."""
+    """Refuse models whose `config.json` is missing or differs, naming the first field that does."""
+    for path in paths:
+        if not (path / "config.json").is_file():
+            raise AveragingError(f"{path}: there is no config.json; a folder with a saved model is wanted.")
     configs = [json.loads((path / "config.json").read_text(encoding="utf-8")) for path in paths]
     for path, config in zip(paths[1:], configs[1:], strict=True):
         for name in sorted(configs[0].keys() | config.keys()):
             first, other = configs[0].get(name), config.get(name)
             if name not in NOT_COMPARED and first != other:
                 raise AveragingError(
-                    f"These are not checkpoints of one model: `{name}` is {first!r} in {paths[0]} and {other!r} in "
-                    f"{path}."
+                    f"These are not weights of one model: `{name}` is {first!r} in {paths[0]} and {other!r} in {path}."
                 )
 
 
+def common_tokenizer(paths: Sequence[Path]) -> PreTrainedTokenizerBase:
+    """The first's; the others' must have its vocabularies, or equal numbers would be other words."""
+    tokenizer = AutoTokenizer.from_pretrained(paths[0])
+    for path in paths[1:]:
+        if vocabularies(AutoTokenizer.from_pretrained(path)) != vocabularies(tokenizer):
+            raise AveragingError(f"{path}: the tokenizer has another vocabulary than that of {paths[0]}.")
+    return tokenizer
+
+
 def averaged_weights(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
-    """The mean of each weight over checkpoints, in its own type. Whole numbers and truth values must be equal."""
+    """The mean of each weight over models, in its own type. Whole numbers and truth values must be equal."""
     first = read_weights(paths[0])
     sums = {name: weight.double() if weight.is_floating_point() else weight for name, weight in first.items()}
     for path in paths[1:]:

@@ -16,6 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from hf_rnn_seq2seq.weight_averaging import (
     AveragingError,
     average_checkpoints,
+    average_models,
     averaged_weights,
     best_checkpoints,
     last_checkpoints,
@@ -202,6 +203,29 @@ class TestCheckpoints:
             average_checkpoints(checkpoints, tmp_path / "full")
         assert {path.name for path in tmp_path.iterdir()} == {"mine", "empty"}
 
+    def test_mean_of_models(self, training, tmp_path):
+        """One that is named twice counts twice."""
+        paths = [training / f"checkpoint-{step}" for step in (1, 5)]
+        average_models([paths[0], str(paths[1]), paths[1]], tmp_path / "averaged")
+        files = [load_file(path / "model.safetensors") for path in paths]
+        averaged = load_file(tmp_path / "averaged" / "model.safetensors")
+        for name, weight in averaged.items():
+            assert torch.equal(weight, ((files[0][name].double() + 2 * files[1][name].double()) / 3).float()), name
+        assert any(not torch.equal(files[0][name], files[1][name]) for name in averaged)
+        record = json.loads((tmp_path / "averaged" / "averaged_from.json").read_text())
+        assert record == [{"model": "checkpoint-1"}, {"model": "checkpoint-5"}, {"model": "checkpoint-5"}]
+        AutoTokenizer.from_pretrained(tmp_path / "averaged")
+
+    def test_models_that_dont_belong_together(self, copied, tmp_path):
+        first, second = copied / "checkpoint-1", copied / "checkpoint-2"
+        with pytest.raises(AveragingError, match=r"out: there is no config.json"):
+            average_models([first, copied], tmp_path / "averaged")
+        vocabulary = second / "tokenizer.json"  # equal numbers, other words
+        vocabulary.write_text(vocabulary.read_text().replace('"A":', '"E":'))
+        with pytest.raises(AveragingError, match=r"checkpoint-2: the tokenizer has another vocabulary than .*-1"):
+            average_models([first, second], tmp_path / "averaged")
+        assert not (tmp_path / "averaged").exists()
+
     def test_script(self, training, tmp_path, capsys):
         script = load_script("average_checkpoints")
         script.main([str(training), "--last", "2", "--output_dir", str(tmp_path / "last")])
@@ -211,9 +235,19 @@ class TestCheckpoints:
         record = json.loads((tmp_path / "best" / "averaged_from.json").read_text())
         perplexities = logged(training, "eval_perplexity")
         assert [entry["step"] for entry in record] == sorted(perplexities, key=perplexities.get)[:2:-1]
-        for wrong in (["--last", "1", "--best", "1"], [], ["--last", "1", "--metric", "loss"]):
+        models = [str(tmp_path / name) for name in ("last", "best")]
+        script.main([*models, "--output_dir", str(tmp_path / "both")])
+        assert f"the mean of {models[0]}, {models[1]}" in capsys.readouterr().out
+        for wrong, message in {
+            ("--last", "1", "--best", "1"): "not allowed with argument",
+            (): "one folder is averaged with --last or --best",
+            ("--last", "1", "--metric", "loss"): "are for --best",
+            (models[0], "--metric", "loss"): "are for --best",
+            (models[0], "--last", "1"): "not of 2 folders",
+        }.items():
             with pytest.raises(SystemExit):
                 script.main([str(training), *wrong, "--output_dir", str(tmp_path / "wrong")])
+            assert message in capsys.readouterr().err
 
     def test_script_says_what_is_wrong(self, training, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["x", str(training), "--last", "9", "--output_dir", str(tmp_path / "x")])
