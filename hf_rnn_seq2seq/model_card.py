@@ -18,6 +18,7 @@ from .version import __version__
 
 RUN_RECORD_NAME = "run.json"  # what was run, by run_record.py
 ARGUMENTS_NAME = "training_args.json"  # beside each model
+RESULTS_NAME = "all_results.json"  # the figures of a run, named as the Trainer names them
 
 TAGS = ["hf_rnn_seq2seq", "rnn", "seq2seq"]
 # What the prefixes of the Trainer's figures mean to a reader.
@@ -159,6 +160,7 @@ def write_model_card(
         "## Architecture\n",
         table(("field", "value"), list(architecture(config).items())),
         "## Training\n",
+        "" if record is None else averaging(record),
         f"{steps:,} steps, {epochs:.4g} epochs" + ("" if record is None else duration(record, results)) + ".\n",
         table(("argument", "value"), list(hyperparameters.items())),
         ", ".join(f"{name} {version}" for name, version in versions.items()) + ".\n",
@@ -213,7 +215,7 @@ def write_card_of_run(
         parameters=record["parameters"],
         steps=state["global_step"],
         epochs=state["epoch"],
-        results=read_json(output_dir / "all_results.json"),
+        results=read_json(output_dir / RESULTS_NAME),
         model_name=Path(arguments.get("hub_model_id") or output_dir.resolve()).name,
         record=record,
         plot=plot,
@@ -239,7 +241,7 @@ def what_is_missing(output_dir: Path) -> list[str]:
     Raises:
         CardError: a file is missing or broken.
     """
-    record, results = read_json(output_dir / RUN_RECORD_NAME), read_json(output_dir / "all_results.json")
+    record, results = read_json(output_dir / RUN_RECORD_NAME), read_json(output_dir / RESULTS_NAME)
     missing = [f"all_results.json: {name}" for name in ("train_total_runtime", "train_loss") if name not in results]
     for split, prefix in (("validation", "eval"), ("test", "predict")):
         if split == "test" and split not in record["data"]:
@@ -278,7 +280,7 @@ def variant_of(output_dir: Path, other: Path) -> Variant:
     changed = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     if not changed:
         raise CardError(f"{other}: there is nothing different from {output_dir} in it to compare")
-    results = read_json(other / "all_results.json")
+    results = read_json(other / RESULTS_NAME)
     figures = {name: value for name, value in results.items() if isinstance(value, int | float)}
     return Variant(", ".join(f"`{name}` {theirs.get(name, 'default')}" for name in changed), figures)
 
@@ -322,7 +324,7 @@ def ensemble_section(folder: Path) -> str:
     record = read_json(folder / RUN_RECORD_NAME)
     if "members" not in record:
         raise CardError(f"{folder}: not made by run_seq2seq.py with --ensemble")
-    figures, _ = figures_and_signatures(read_json(folder / "all_results.json"))
+    figures, _ = figures_and_signatures(read_json(folder / RESULTS_NAME))
     # Its loss is that of averaged probabilities, another function than a member's loss may be.
     figures = [figure for figure in figures if figure[1] != "loss"]
     commands = list(dict.fromkeys([*record["members"]["commands"], *record["commands"]]))
@@ -357,6 +359,13 @@ def reproduction(record: Mapping[str, Any]) -> str:
         + "\n".join(record["commands"])
         + "\n```\n"
     )
+
+
+def averaging(record: Mapping[str, Any]) -> str:
+    if "averaged" not in record:
+        return ""
+    names = ", ".join(f"`{name}`" for name in record["averaged"])
+    return f"The weights are the mean of those of {names}. Of the last training, but with the seconds of all:\n"
 
 
 def duration(record: Mapping[str, Any], results: Mapping[str, float | str]) -> str:

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from .arguments import ScriptArguments
 from .checkpoints import write_whole
 from .data import PACKAGED_CORPORA, SPLITS
-from .model_card import RUN_RECORD_NAME
+from .model_card import ARGUMENTS_NAME, RESULTS_NAME, RUN_RECORD_NAME
 from .reports import model_card_arguments
 
 PACKAGES = ("hf-rnn-seq2seq", "torch", "transformers", "tokenizers", "datasets", "accelerate", "sacrebleu")
@@ -67,6 +68,38 @@ def write_run_record(
         record["members"] = {"count": len(members), "commands": [command for each in made for command in each]}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_average_record(
+    output_dir: Path, trainings: Sequence[Path], names: Sequence[str], argv: Sequence[str]
+) -> None:
+    """
+    Write what a card needs beside a mean of weights: the last training's record and what it left, all trainings'
+    commands and seconds. Its figures come from run_seq2seq.py with this `output_dir`.
+
+    Args:
+        output_dir: the averaged model's.
+        trainings: output folders of run_seq2seq.py, or of averages; nothing is written if one is of something else.
+        names: what the weights are the mean of.
+        argv: of average_checkpoints.py.
+    """
+    trainings = list(dict.fromkeys(trainings))
+    needed = (RUN_RECORD_NAME, RESULTS_NAME, ARGUMENTS_NAME, "trainer_state.json")
+    if not all((folder / name).is_file() for folder in trainings for name in needed):
+        return
+    records, results = (
+        [json.loads((folder / name).read_text(encoding="utf-8")) for folder in trainings] for name in needed[:2]
+    )
+    commands = [command for record in records for command in record["commands"]]
+    commands.append(shlex.join(["python", "training_scripts/average_checkpoints.py", *argv]))
+    record = {**records[-1], "commands": list(dict.fromkeys(commands)), "averaged": list(names)}
+    record |= {"data": {"train": record["data"]["train"]}, "num_beams": {}, "generation_options": {}}
+    figures = {name: value for name, value in results[-1].items() if name == "epoch" or name.startswith("train_")}
+    figures["train_total_runtime"] = sum(each["train_total_runtime"] for each in results)
+    for name, content in ((RUN_RECORD_NAME, record), (RESULTS_NAME, figures)):
+        write_whole(output_dir / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    for name in needed[2:]:
+        shutil.copyfile(trainings[-1] / name, output_dir / name)
 
 
 def without_resuming(argv: Sequence[str]) -> list[str]:

@@ -212,6 +212,38 @@ def test_an_ensemble_beside_it(make, place, folder, tmp_path):
         make([str(place / "out"), "--ensemble", str(place / "out"), "--output", str(tmp_path / "card.md")])
 
 
+def test_the_mean_of_trainings(make, place, tmp_path, monkeypatch):
+    """It has a card like a training's, whose commands are those of all."""
+    monkeypatch.chdir(place)
+    run(place, [*TRAIN, "--seed", "4", "--output_dir", "other"])
+    average = ["out", "other", "other", "--output_dir", "mean"]
+    load_script("average_checkpoints").main(average)
+    left = json.loads((place / "mean" / "all_results.json").read_text())
+    trained = [json.loads((place / name / "all_results.json").read_text()) for name in ("out", "other")]
+    assert left["train_total_runtime"] == sum(each["train_total_runtime"] for each in trained)
+    assert not [name for name in left if name.startswith(("eval_", "predict_"))]  # those of other weights
+    with pytest.raises(CardError, match=r"no card without figures of the test data"):
+        make(["mean", "--output", str(tmp_path / "card.md")])
+    evaluate = [*PREDICT, "--model_name_or_path", "mean", "--output_dir", "mean"]
+    run(place, evaluate)
+    make(["mean", "--output", str(tmp_path / "card.md")])
+    text = (tmp_path / "card.md").read_text("utf-8")
+    commands = re.search(r"```bash\n(.*?)```", text, flags=re.DOTALL)[1].splitlines()
+    flags = [shlex.split(command)[1:] for command in commands]
+    assert ["training_scripts/average_checkpoints.py", *average] in flags
+    assert flags[-1] == ["training_scripts/run_seq2seq.py", *evaluate]
+    assert ["training_scripts/run_seq2seq.py", *TRAIN[:3], "--seed", "4", "--output_dir", "other"] in flags
+    results = json.loads((place / "mean" / "all_results.json").read_text())
+    assert f"| test | bleu | {results['predict_bleu']:.4g} |" in text
+    assert "| validation | " not in text
+    assert "The weights are the mean of those of `out`, `other`, `other`." in text
+    assert f"in {results['train_total_runtime']:,.0f} seconds" in text
+
+    (place / "other" / "run.json").unlink()  # not run_seq2seq.py's
+    load_script("average_checkpoints").main([*average[:-1], "bare"])
+    assert not (place / "bare" / "run.json").exists()
+
+
 def test_the_script_ends_with_an_error(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(tmp_path)]

@@ -11,6 +11,8 @@ averaged model is a folder like any other saved model's; to see how good it is:
 
     python training_scripts/run_seq2seq.py recipe.yaml --model_name_or_path outputs/averaged \\
         --do_train false --do_eval --output_dir outputs/averaged
+
+after which make_model_card.py writes its card as that of a model that was trained.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hf_rnn_seq2seq  # noqa: F401  # registers the model with the Auto classes
+from hf_rnn_seq2seq.run_record import write_average_record
 from hf_rnn_seq2seq.weight_averaging import (
     AveragingError,
     average_checkpoints,
@@ -58,18 +61,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         if len(args.folders) < 2:
             parser.error("one folder is averaged with --last or --best; without them name two models or more")
         average_models(args.folders, args.output_dir)
-        print(f"{args.output_dir}: the mean of {', '.join(map(str, args.folders))}")
-        return
-    if len(args.folders) > 1:
+        names = [str(folder) for folder in args.folders]
+    elif len(args.folders) > 1:
         parser.error(f"--last and --best are for the checkpoints of one training, not of {len(args.folders)} folders")
-
-    (training_dir,) = args.folders
-    if args.last is not None:
-        checkpoints = last_checkpoints(training_dir, args.last)
     else:
-        checkpoints = best_checkpoints(training_dir, args.best, args.metric or "eval_loss", args.greater_is_better)
-    average_checkpoints(checkpoints, args.output_dir)
-    print(f"{args.output_dir}: the mean of {', '.join(checkpoint.path.name for checkpoint in checkpoints)}")
+        (training_dir,) = args.folders
+        if args.last is not None:
+            checkpoints = last_checkpoints(training_dir, args.last)
+        else:
+            metric = args.metric or "eval_loss"
+            checkpoints = best_checkpoints(training_dir, args.best, metric, args.greater_is_better)
+        average_checkpoints(checkpoints, args.output_dir)
+        names = [checkpoint.path.name for checkpoint in checkpoints]
+    write_average_record(args.output_dir, args.folders, names, sys.argv[1:] if argv is None else argv)
+    print(f"{args.output_dir}: the mean of {', '.join(names)}")
 
 
 if __name__ == "__main__":
