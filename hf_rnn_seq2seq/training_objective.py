@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from inspect import signature
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Seq2SeqTrainer, Seq2SeqTrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .configuration_rnn_seq2seq import REGULARIZATION
 from .distillation import Teacher, distillation_loss
@@ -44,7 +45,6 @@ class ObjectiveTrainer(Seq2SeqTrainer):
         self._sums: dict[str, tuple[torch.Tensor, int]] = {}  # since the last log: sum, and the step of the first
         self._bigrams: BigramModel | None = None
         self._costs: Costs | None = None
-        self._teacher: Teacher | None = None
         if isinstance(self.args, ObjectiveArguments):
             self._prepare_objective(self.args)
 
@@ -70,15 +70,25 @@ class ObjectiveTrainer(Seq2SeqTrainer):
                 f"r_drop_weight={args.r_drop_weight!r}: without dropout two passes are the same; one of "
                 f"{', '.join(REGULARIZATION)} must be above 0."
             )
-        if args.distillation_weight > 0:
-            names, memory = args.distillation_teachers or [], int(args.distillation_memory * 1e9)
-            self._teacher = Teacher(names, self.model, self.processing_class, args.device, memory)
         if args.minimum_risk_weight > 0:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError("`minimum_risk_weight` is for weights that every process holds whole.")
             self._costs = Costs(args.minimum_risk_cost, cast(PreTrainedTokenizerBase | None, self.processing_class))
         if "smoothing" in signature(self.model.forward).parameters:
             self.label_smoother = None  # the model knows what its scores are, transformers' smoother does not
+
+    @cached_property
+    def _teacher(self) -> Teacher | None:
+        """Not loaded before it is asked for: an evaluation needs none."""
+        args = self.args
+        if not isinstance(args, ObjectiveArguments) or args.distillation_weight == 0:
+            return None
+        names, memory = args.distillation_teachers or [], int(args.distillation_memory * 1e9)
+        return Teacher(names, self.model, self.processing_class, args.device, memory)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._teacher  # noqa: B018  loaded now: in a step it might move the random numbers of a resumed training
+        return super().train(*args, **kwargs)
 
     def _skips_logits(self, inputs: dict[str, Any]) -> bool:
         """Can the model be asked for its loss alone, if nothing but `compute_loss` may want its logits?"""

@@ -251,6 +251,16 @@ def test_a_memory_is_refused_where_words_are_copied(tmp_path: Path) -> None:
         teacher({**batch, "copy_ids": batch["input_ids"]})
 
 
+def test_teachers_are_for_training_alone(tmp_path: Path) -> None:
+    """Who evaluates a taught model by its recipe need not have them."""
+    absent = str(tmp_path / "absent")
+    trainer = make_trainer(tmp_path / "out", distillation_weight=1.0, distillation_teachers=[absent])
+    assert math.isfinite(trainer.evaluate(trainer.train_dataset)["eval_loss"])
+    with pytest.raises(OSError, match="absent"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
     fits = teacher_folder(tmp_path / "fits")
     other = teacher_folder(tmp_path / "other", vocab_size=17)
