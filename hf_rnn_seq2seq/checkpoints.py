@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, TrainerState
 from transformers.trainer_utils import sort_checkpoints
 
-from .model_card import ARGUMENTS_NAME
+from .model_card import ARGUMENTS_NAME, RESULTS_NAME
 from .moving_average import TRAINING_WEIGHTS_NAME
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ class CheckpointTrainer(Seq2SeqTrainer):
         """transformers', which reads what is in all_results.json: a half-written one begins anew."""
         if combined and self.is_world_process_zero():  # which alone writes it
             assert self.args.output_dir is not None
-            remove_broken_json(Path(self.args.output_dir) / "all_results.json")
+            remove_broken_json(Path(self.args.output_dir) / RESULTS_NAME)
         super().save_metrics(split, metrics, combined)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -63,7 +63,7 @@ from hf_rnn_seq2seq.hyperparameter_search import search_hyperparameters
 from hf_rnn_seq2seq.metrics import METRICS, compute_metrics_for
 from hf_rnn_seq2seq.metrics.bleu.bleu import TOKENIZERS
 from hf_rnn_seq2seq.metrics.meteor.meteor import STEMMERS
-from hf_rnn_seq2seq.model_card import RUN_RECORD_NAME, read_json
+from hf_rnn_seq2seq.model_card import RESULTS_NAME, RUN_RECORD_NAME, read_json
 from hf_rnn_seq2seq.pretrained_embeddings import apply_pretrained_embeddings, load_pretrained_embeddings
 from hf_rnn_seq2seq.reports import model_card_arguments, plot_attentions, summary, write_predictions
 from hf_rnn_seq2seq.run_record import write_run_record
@@ -312,7 +312,7 @@ def prepare_output_dir(args: ScriptArguments, checkpoint: str | None) -> None:
     # Their step numbers and figures would be mixed up with the new ones.
     for old in [*checkpoint_folders(output_dir), output_dir / "attention_plots"]:
         shutil.rmtree(old, ignore_errors=True)
-    for name in (RUN_RECORD_NAME, "all_results.json"):
+    for name in (RUN_RECORD_NAME, RESULTS_NAME):
         (output_dir / name).unlink(missing_ok=True)
 
 
