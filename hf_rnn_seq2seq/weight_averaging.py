@@ -21,14 +21,16 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokeniz
 from transformers.trainer_utils import sort_checkpoints
 
 from .checkpoints import checkpoint_fault
+from .configuration_rnn_seq2seq import TRAINING_ONLY
 from .distillation import vocabularies
 from .trainer import LOWER_IS_BETTER
 
 logger = logging.getLogger(__name__)
 
 AVERAGED_FROM_NAME = "averaged_from.json"
-# What says with which transformers a configuration was written, not what the model is.
-NOT_COMPARED = ("transformers_version",)
+# What says how a model was written or trained, not what it computes: trainings that differ in their dropout make good
+# soups. (By its zoneout a model weighs old and new states in evaluation, too.)
+NOT_COMPARED = {"transformers_version", *TRAINING_ONLY} - {"zoneout"}
 
 
 class AveragingError(ValueError):
@@ -126,12 +128,13 @@ def average_models(
 ) -> None:
     """Write the model whose weights are the mean of the models', in their type, summed up in float64.
 
-    The folder gets all that `save_pretrained` writes, the first model's tokenizer and generation settings, and
-    `averaged_from.json`, a list of the models. It appears as a whole or not at all.
+    The folder gets all that `save_pretrained` writes, the first model's tokenizer, generation settings and
+    configuration, and `averaged_from.json`, a list of the models. It appears as a whole or not at all.
 
     Args:
-        models: folders of one model's weights; the configurations, the tokenizers' vocabularies, the names of the
-            weights, their shapes and types must be equal. A folder that is named twice counts twice.
+        models: folders of one model's weights; the configurations (but for what only training needs, as `dropout`),
+            the tokenizers' vocabularies, the names of the weights, their shapes and types must be equal. A folder that
+            is named twice counts twice.
         output_dir: a folder that isn't there yet, or is empty.
         record: what the list says of each, by default its folder's name.
 

@@ -11,7 +11,7 @@ import torch
 from averaged_trainer import make_trainer, steps_of
 from safetensors.torch import load_file, save_file
 from scripts import load_script
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_rnn_seq2seq.weight_averaging import (
     AveragingError,
@@ -215,6 +215,17 @@ class TestCheckpoints:
         record = json.loads((tmp_path / "averaged" / "averaged_from.json").read_text())
         assert record == [{"model": "checkpoint-1"}, {"model": "checkpoint-5"}, {"model": "checkpoint-5"}]
         AutoTokenizer.from_pretrained(tmp_path / "averaged")
+
+    def test_trainings_with_other_dropout(self, copied, tmp_path):
+        """Their models compute the same, unlike those of another `zoneout`."""
+        first, second = copied / "checkpoint-1", copied / "checkpoint-2"
+        rewrite(second / "config.json", dropout=0.45, coverage_loss_weight=0.5)
+        average_models([first, second], tmp_path / "averaged")
+        averaged = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "averaged")
+        assert averaged.config.dropout == AutoConfig.from_pretrained(first).dropout != 0.45
+        rewrite(second / "config.json", zoneout=0.1)
+        with pytest.raises(AveragingError, match=r"`zoneout` is 0.0 in .*checkpoint-1 and 0.1 in .*checkpoint-2"):
+            average_models([first, second], tmp_path / "wrong")
 
     def test_models_that_dont_belong_together(self, copied, tmp_path):
         first, second = copied / "checkpoint-1", copied / "checkpoint-2"
