@@ -7,6 +7,7 @@ heads' queries together; `heads` attention heads.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,10 @@ class PreparedMemory(NamedTuple):
     keys: torch.Tensor  # [B, S, *], or as several heads want them
     values: torch.Tensor  # [B, S, *], of several heads [B, heads, S, D]
     mask: torch.Tensor  # [B, S], true at tokens
+
+    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "PreparedMemory":
+        """The same source with `fn` applied to every tensor."""
+        return PreparedMemory(*(fn(tensor) for tensor in self))
 
 
 def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from .compiled_loop import Step, Tensors, scan_steps, scans
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
 from .dropout import Dropout
 from .scheduled_sampling import OwnInputs
+from .shrinking_batch import shrinking_batch
 from .step_products import shared_by_steps
 from .wirings import WIRINGS, StepOutput
 
@@ -46,6 +47,7 @@ class RnnSeq2SeqDecoder(nn.Module):
         prepared: PreparedMemory,
         mask: torch.Tensor | None = None,
         own: OwnInputs | None = None,
+        lengths: torch.Tensor | None = None,
     ) -> tuple[StepOutput, DecoderState]:
         """
         Every way to run the model comes through here: teacher forcing and scheduled sampling with T tokens,
@@ -57,6 +59,8 @@ class RnnSeq2SeqDecoder(nn.Module):
             prepared: the source, as `wiring.attention.prepare` makes it.
             mask: true at tokens, [B, T]; the state passes over the rest unchanged.
             own: predictions that are read in place of some of `x`. Any wiring then goes step by step.
+            lengths: how many tokens of each row are looked at, [B], on the CPU. Rows may then leave the loop behind
+                them: what comes out for later tokens may be zeros, and the last state is not that of all rows.
 
         Returns:
             features [B, T, F], attention weights [B, heads, T, S], `gate_input` [B, T, *], every layer's outputs
@@ -67,23 +71,31 @@ class RnnSeq2SeqDecoder(nn.Module):
         if scans(x.size(1)) and not (at_once or self.grows or own is not None or self.gradient_checkpointing):
             output, state = self._scan(x, state, prepared, mask)
             return output._replace(features=self.output_dropout(output.features)), state
+        batch = None if lengths is None or at_once or own is not None else shrinking_batch(lengths, x.size(1))
+        if batch is not None:
+            x, state, prepared = batch.sort(x), state.map(batch.sort), prepared.map(batch.sort)
+            mask = None if mask is None else batch.sort(mask)
         steps: list[StepOutput] = []
         # With gradient checkpointing a step runs again in the backward pass, after the loop.
         with shared_by_steps(x.size(1) > 1 and not at_once and not (self.gradient_checkpointing and self.training)):
             for t, x_t in enumerate((x,) if at_once else x.split(1, dim=1)):
+                if batch is not None:
+                    state, prepared = batch.step(t, state, prepared)
+                    x_t = x_t[: batch.rows[t]]
                 if own is not None and steps:
                     predicted = self.embedding_dropout(own.embed(steps[-1], self.embed_tokens))
                     x_t = torch.where(own.chosen[:, t, None, None], predicted.to(x_t.dtype), x_t)
                 output, new_state = self._run(x_t, state, prepared)
-                state = new_state if mask is None else new_state.where(mask[:, t], state)
+                state = new_state if mask is None else new_state.where(mask[: len(x_t), t], state)
                 steps.append(output)
         if len(steps) > 1:
+            join = torch.cat if batch is None else batch.join
             output = StepOutput(
-                features=torch.cat([step.features for step in steps], dim=1),
-                weights=torch.cat([step.weights for step in steps], dim=2),
-                gate_input=torch.cat([step.gate_input for step in steps], dim=1),
+                features=join([step.features for step in steps], dim=1),
+                weights=join([step.weights for step in steps], dim=2),
+                gate_input=join([step.gate_input for step in steps], dim=1),
                 layer_outputs=tuple(
-                    torch.cat(outputs, dim=1) for outputs in zip(*(s.layer_outputs for s in steps), strict=True)
+                    join(list(outputs), dim=1) for outputs in zip(*(s.layer_outputs for s in steps), strict=True)
                 ),
             )
         return output._replace(features=self.output_dropout(output.features)), state

@@ -69,7 +69,7 @@ class DecodingSteps:
 
     def select(self, rows: torch.Tensor) -> None:
         sources = rows[:: self.sharing] // self.sharing
-        self.prepared = self.prepared._make(tensor.index_select(0, sources) for tensor in self.prepared)
+        self.prepared = self.prepared.map(lambda tensor: tensor.index_select(0, sources))
         self.select_state(rows)
 
     def select_state(self, rows: torch.Tensor) -> None:

@@ -22,8 +22,9 @@ from .encoders import RnnSeq2SeqEncoder, RnnSeq2SeqEncoderOutput
 from .generation_rnn_seq2seq import RnnSeq2SeqGenerationMixin
 from .heads import HEADS, HeadInput, check_copy_ids
 from .int8 import register
-from .losses import as_logits, coverage_loss
+from .losses import IGNORED, as_logits, coverage_loss
 from .pretrained_base import RnnSeq2SeqPreTrainedModel
+from .recurrent_base import tokens_to_last
 from .scheduled_sampling import OwnInputs, ScheduledSampling
 from .signatures import with_known_signature
 from .step_products import StepLinear
@@ -113,6 +114,7 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
         output_hidden_states: bool | None = None,
         scheduled_sampling: ScheduledSampling | None = None,
         step_scores: Callable[[torch.Tensor | None, StepOutput], torch.Tensor] | None = None,
+        target_lengths: torch.Tensor | None = None,
     ) -> RnnSeq2SeqModelOutput:
         """
         Args:
@@ -130,6 +132,8 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
             output_hidden_states: return embeddings and every layer's output for both sides.
             scheduled_sampling: let the decoder read predictions of its own; `step_scores` gives their scores
                 [B, 1, V] from `source_ids` and a step's output.
+            target_lengths: how many of each row's target tokens are looked at, [B]. Rows may then leave the loop over
+                time behind them: what is returned for later tokens may be zeros, and there is no cache.
 
         Returns:
             `RnnSeq2SeqModelOutput`; `last_hidden_state` holds the features, [B, T, F].
@@ -155,6 +159,8 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
             raise ValueError("Give exactly one of `decoder_input_ids`, `decoder_inputs_embeds` (or `labels`).")
         if decoder_inputs_embeds is None:
             decoder_inputs_embeds = self.decoder.embed_tokens(decoder_input_ids)
+        if target_lengths is not None and (use_cache or past_key_values is not None):
+            raise ValueError("`target_lengths` is for whole targets: it needs `use_cache=False`, without a cache.")
         if decoder_inputs_embeds.size(0) != memory.size(0):
             raise ValueError(
                 f"The decoder's batch ({decoder_inputs_embeds.size(0)} rows in `decoder_input_ids`, "
@@ -169,7 +175,7 @@ class RnnSeq2SeqModel(RnnSeq2SeqPreTrainedModel):
             assert step_scores is not None
             head = partial(step_scores, encoder_outputs.source_ids)
             own = OwnInputs(scheduled_sampling, head, config, decoder_inputs_embeds, decoder_input_ids, mask)
-        output, state = self.decoder(decoder_inputs_embeds, state, prepared, mask, own)
+        output, state = self.decoder(decoder_inputs_embeds, state, prepared, mask, own, target_lengths)
         if cache is not None:
             cache.advance(state, decoder_inputs_embeds.size(1))
         elif use_cache:  # made only now, because torch.compile's loop forgets what was made before it
@@ -362,6 +368,7 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
         if self.head.copies and decoder_input_ids is not None:
             outside = decoder_input_ids >= self.config.vocab_size
             decoder_input_ids = decoder_input_ids.masked_fill(outside, cast(int, self.config.unk_token_id))
+        only_loss = skip_logits and past_key_values is None
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -377,6 +384,7 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
             scheduled_sampling=scheduled_sampling,
             step_scores=partial(self._scores, copy_ids=copy_ids),
             return_dict=True,
+            target_lengths=self._label_lengths(labels, output_attentions, output_hidden_states) if only_loss else None,
         )
         parts = StepOutput(outputs.last_hidden_state, outputs.attention_weights, outputs.gate_input, ())
         inputs = self._head_input(outputs.source_ids, parts, copy_ids)
@@ -403,6 +411,19 @@ class RnnSeq2SeqForConditionalGeneration(RnnSeq2SeqPreTrainedModel, RnnSeq2SeqGe
             smoothing_loss=smoothing_part,
             scores=scores if output_scores else None,
         )
+
+    def _label_lengths(
+        self, labels: torch.Tensor | None, output_attentions: bool | None, output_hidden_states: bool | None
+    ) -> torch.Tensor | None:
+        """How many target tokens of each row the loss looks at, where rows may leave the loop behind them."""
+        shown = (
+            self.config.output_attentions if output_attentions is None else output_attentions,
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+        )
+        # Elsewhere than on a CPU such rows cost less than to wait for their number; and a compiled loop has one size.
+        if labels is None or any(shown) or labels.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        return tokens_to_last(labels != IGNORED)
 
     def _head_input(
         self, source_ids: torch.Tensor | None, output: StepOutput, copy_ids: torch.Tensor | None
