@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from .activations import has_sigmoid_tanh, tanh
 from .compiled_loop import scans
 from .recurrent_base import RecurrentLayer, State, tokens_to_last
 from .step_products import in_training_loop, linear, linear_pair
@@ -125,7 +126,10 @@ class LSTM(KernelLayer):
             return lstm_update(from_x + from_h, c)
         if from_x.is_cuda:
             return torch.ops.aten._thnn_fused_lstm_cell(from_x, from_h, c)[:2]
-        return LstmUpdate.apply(from_x, from_h, c) if torch.is_grad_enabled() else lstm_update(from_x + from_h, c)
+        if torch.is_grad_enabled():
+            return LstmUpdate.apply(from_x, from_h, c)
+        gates = from_x + from_h
+        return lstm_update_by_sigmoids(gates, c) if has_sigmoid_tanh(gates) else lstm_update(gates, c)
 
     def padding_gates(self, bias: torch.Tensor) -> torch.Tensor:
         # i = 0 and f = 1 keep c; h = o tanh(c) stays zero before the first token, since c is; after the last token it
@@ -139,6 +143,15 @@ def lstm_update(gates: torch.Tensor, c: torch.Tensor) -> State:
     i, f, g, o = gates.chunk(4, dim=1)
     c = torch.addcmul(torch.sigmoid(f) * c, torch.sigmoid(i), torch.tanh(g))
     return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def lstm_update_by_sigmoids(gates: torch.Tensor, c: torch.Tensor) -> State:
+    """[`lstm_update`] by tanh(x) = 1 - 2 sigmoid(-2x), see [`activations`]. It overwrites the gates."""
+    size = c.size(1)
+    gates[:, 2 * size : 3 * size].mul_(-2)
+    i, f, g, o = gates.sigmoid_().chunk(4, dim=1)
+    c = torch.addcmul(torch.addcmul(i, f, c), i, g, value=-2)  # f c + i (1 - 2 g)
+    return torch.addcmul(o, o, torch.mul(c, -2).sigmoid_(), value=-2), c
 
 
 class LstmUpdate(torch.autograd.Function):
@@ -206,7 +219,7 @@ def gru_update(from_x: torch.Tensor, from_h: torch.Tensor, h: torch.Tensor) -> t
     x_r, x_z, x_n = from_x.chunk(3, dim=1)
     h_r, h_z, h_n = from_h.chunk(3, dim=1)
     z = torch.sigmoid(x_z + h_z)
-    n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
+    n = tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
     return (1 - z) * n + z * h
 
 
@@ -225,7 +238,7 @@ class TanhRNN(SimpleRNN):
     fused = torch.rnn_tanh
 
     def update(self, from_x: torch.Tensor, from_h: torch.Tensor | None, state: State) -> State:
-        return (torch.tanh(from_x if from_h is None else from_x + from_h),)
+        return (tanh(from_x if from_h is None else from_x + from_h),)
 
 
 class ReluRNN(SimpleRNN):

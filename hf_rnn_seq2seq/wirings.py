@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .activations import Tanh
 from .attention import Attention, PreparedMemory, make_attention
 from .cache_rnn_seq2seq import DecoderState
 from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
@@ -81,7 +82,7 @@ class Wiring(nn.Module):
         if self.context_size == 0 and not self.reads_input:
             return nn.Identity()
         linear = StepLinear(width, config.hidden_size, bias=config.readout_type != "tanh")
-        return nn.Sequential(linear, nn.Identity() if config.readout_type == "affine" else nn.Tanh())
+        return nn.Sequential(linear, nn.Identity() if config.readout_type == "affine" else Tanh())
 
     def output(
         self,

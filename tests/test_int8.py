@@ -195,6 +195,11 @@ def test_kernels_for_sequences_go_like_the_steps(
         again.product_hh.weight_scale = nn.Parameter(2 * again.product_hh.weight_scale, requires_grad=False)
     assert not torch.equal(again.step(x[:, 0], state)[0], step[0])
     assert torch.equal(layer.step(x[:, 0], state)[0], step[0])
+    monkeypatch.setattr(int8_module, "KERNEL_ROWS", 1)  # without the kernel
+    made = len(calls)
+    for one, other in zip(layer.step(x[:, 0], state), step, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    assert len(calls) == made
 
 
 # Models
