@@ -8,6 +8,7 @@ Shapes: B batch, S source, T target, A additive attention's hidden width, or tha
 attention heads, D = A / heads.
 """
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from .step_products import LoopKeys, loop_weights
+from .vector_products import by_vectors
 
 # How many numbers of the hidden layer are made at once: on a CPU for each thread, 2 MB in float32, which stays in its
 # caches from one operation to the next (with 1 MB, calls take longer than is gained); on other devices 256 MB, where
@@ -78,6 +80,12 @@ def _key_factors(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None
     return (2 * keys.to(_sum_dtype(query, keys))).exp_()
 
 
+def _query_factors(query: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """e^2q [B, T, A] in `dtype`, for use with `_key_factors`."""
+    limit = 4 * LARGEST_KEY
+    return (2 * query.to(dtype)).clamp_(-limit, limit).exp_()
+
+
 def _loop_keys(query: torch.Tensor, keys: torch.Tensor) -> LoopKeys | None:
     """What a loop has of keys that are the same tensor in all its steps; `None` where nothing is trained."""
     loop = loop_weights()
@@ -100,7 +108,8 @@ def _sigmoids(
 ) -> Callable[[slice, slice], torch.Tensor]:
     """
     r = sigmoid(-2 q - 2 k) for slices of B and T, given all of q [B, T, A] and k [B, S, A]: [B, T, S, A] in `dtype`,
-    overwritten by the next. With e^2k it is 1 / (1 + e^2q e^2k), without a function of [B, T, S, A] to compute.
+    overwritten by the next. With e^2k, and e^2q as `query`, it is 1 / (1 + e^2q e^2k), without a function of
+    [B, T, S, A] to compute.
     """
     like = key_factors if key_factors is not None else keys.to(dtype)
     by_source = like.unsqueeze(1)
@@ -109,11 +118,22 @@ def _sigmoids(
         return scratch((*query[b, t].shape[:2], *like.shape[1:]), like)
 
     if key_factors is not None:
-        limit, one = 4 * LARGEST_KEY, like.new_ones(())
-        query_factors = (2 * query.to(dtype)).clamp_(-limit, limit).exp_().unsqueeze(2)
+        one, query_factors = like.new_ones(()), query.unsqueeze(2)
         return lambda b, t: torch.addcmul(one, query_factors[b, t], by_source[b], out=room(b, t)).reciprocal_()
     doubled = (-2 * query.to(dtype)).unsqueeze(2)
     return lambda b, t: torch.sub(doubled[b, t], by_source[b], alpha=2, out=room(b, t)).sigmoid_()
+
+
+def _of_v(v: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """v's sum of each head [heads, 1, 1], and -2 v [heads, D, 1]."""
+    v = v.to(dtype).unsqueeze(-1)
+    return v.sum(1, keepdim=True), -2 * v
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()  # which takes no time
 
 
 def plain_additive_scores(query: torch.Tensor, keys: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -128,8 +148,9 @@ class AdditiveScores(torch.autograd.Function):
 
         score = sum_a v_a - 2 sum_a v_a r_a,  d score / d x_a = 4 v_a r_a (1 - r_a)
 
-    For the backward pass it keeps its arguments alone, of which `key_factors` are e^2k or `None`. Sums are in float32
-    or wider. In a loop over time `keys` is the token of its `record`, which has the keys and adds up their gradient.
+    For the backward pass it keeps its arguments alone, of which `key_factors` are e^2k or `None`; with them e^2q in
+    place of the query. Sums are in float32 or wider. In a loop over time `keys` is the token of its `record`, which
+    has the keys and adds up their gradient.
     """
 
     @staticmethod
@@ -141,20 +162,26 @@ class AdditiveScores(torch.autograd.Function):
         key_factors: torch.Tensor | None,
         record: LoopKeys | None,
     ) -> torch.Tensor:
-        ctx.record = record
+        ctx.record, ctx.query_dtype = record, query.dtype
         keys = keys if record is None else record.keys
-        ctx.save_for_backward(query, keys, v, key_factors)
         dtype = _sum_dtype(query, keys)
+        if key_factors is not None:
+            query = _query_factors(query, dtype)
+        ctx.save_for_backward(query, keys, v, key_factors)
         heads = v.size(0)
         scores = query.new_empty(heads, query.size(0), query.size(1), keys.size(1), dtype=dtype)
-        sigmoids, v = _sigmoids(query, keys, key_factors, dtype), v.to(dtype)
-        doubled_v = -2 * v.unsqueeze(-1)  # [heads, D, 1]
-        with torch.autocast(query.device.type, enabled=False):
+        sigmoids = _sigmoids(query, keys, key_factors, dtype)
+        of_v = None if record is None else record.of_v
+        if of_v is None:
+            of_v = _of_v(v, dtype)
+            if record is not None:
+                record.of_v = of_v
+        sums, doubled_v = of_v
+        with _without_autocast(query.device.type):
             for b, t in parts(query, keys):
                 r = sigmoids(b, t)
                 by_head = r.view(-1, *v.shape).transpose(0, 1)  # [heads, B T S, D]
-                scores[:, b, t] = torch.bmm(by_head, doubled_v).view(heads, *r.shape[:3])
-        scores += v.sum(1).view(-1, 1, 1, 1)
+                scores[:, b, t] = by_vectors(torch.baddbmm, sums, by_head, doubled_v).view(heads, *r.shape[:3])
         return scores.transpose(0, 1)  # [B, heads, T, S]
 
     @staticmethod
@@ -170,12 +197,12 @@ class AdditiveScores(torch.autograd.Function):
         if d_keys is None:
             d_keys = grad.new_empty(keys.shape)  # contiguous
         d_v = v.new_zeros(v.size(0), 1, v.size(1), dtype=dtype)  # of r's part
-        with torch.autocast(query.device.type, enabled=False):
+        with _without_autocast(query.device.type):
             for b, t in parts(query, keys):
                 r = sigmoids(b, t)
                 by_head = r.view(*r.shape[:3], *v.shape)
                 g = grad[b, t]
-                d_v.baddbmm_(g.flatten(0, 2).t().unsqueeze(1), by_head.flatten(0, 2).transpose(0, 1))
+                by_vectors(d_v.baddbmm_, g.flatten(0, 2).t().unsqueeze(1), by_head.flatten(0, 2).transpose(0, 1))
                 # g r (1 - r), in place; of a first, single query it is the keys' gradient as it stands.
                 d = d_keys[b].unsqueeze(1) if one_query and first else r
                 torch.ops.aten.sigmoid_backward(g.unsqueeze(-1), by_head, grad_input=d.view(by_head.shape))
@@ -187,7 +214,7 @@ class AdditiveScores(torch.autograd.Function):
                 else:
                     d_keys[b] += r.squeeze(1) if one_query else r.sum(1)
         scale = 4 * v.to(dtype).flatten()
-        d_query = d_query.mul_(scale).to(query.dtype)
+        d_query = d_query.mul_(scale).to(ctx.query_dtype)
         d_v = (grad.sum((0, 1, 2)).unsqueeze(1) - 2 * d_v.squeeze(1)).to(v.dtype)
         if record is None:
             return d_query, d_keys.mul_(scale).to(keys.dtype), d_v, None, None

@@ -63,6 +63,13 @@ def _losses_and_gradient(
     return losses, smoothed, p.scatter_add_(1, index, scales * (smoothing - 1))
 
 
+def _scores(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """W x + b, [n, V]. Of float32 on a CPU torch writes the bias into all rows first, for the product to read it."""
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        return F.linear(x, weight).add_(bias)
+    return F.linear(x, weight, bias)
+
+
 class _LinearLoss(torch.autograd.Function):
     """
     Summed losses of scores W x + b, times `scale`: x [N, D], W [V, D], b [V], labels [N], scale [] -> two scalars,
@@ -101,7 +108,7 @@ class _LinearLoss(torch.autograd.Function):
         with torch.autocast(device_type, enabled=False):
             for start in range(0, len(x), size) or (0,):  # once without positions, too, for the gradients' zeros
                 part = slice(start, start + size)
-                scores = F.linear(x[part], w, b).to(wide)  # [n, V]
+                scores = _scores(x[part], w, b).to(wide)
                 gold = labels[part].masked_fill(~labelled[part], 0)
                 scales = labelled[part] * scale.to(wide)  # [n]
                 losses, smoothed, gradient = _losses_and_gradient(scores, gold, scales, normalizer, smoothing)
@@ -131,11 +138,13 @@ class _LinearLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("The loss of `skip_logits=True` can't be differentiated twice (create_graph=True).")
         saved: tuple[torch.Tensor, ...] = ctx.saved_tensors
-        scaled = [
-            (gradient * grad).to(gradient.dtype) if needed else None
-            for gradient, needed in zip(saved, ctx.needs_input_grad, strict=False)
-        ]
-        return (*scaled, None, None, None, None, None)
+        found = [gradient if needed else None for gradient, needed in zip(saved, ctx.needs_input_grad, strict=False)]
+        # What need not be scaled is handed on as it is, since another one of W's size takes time; but not if it is to
+        # be kept for another backward pass: what gets it may add to it in place.
+        keeps = torch._C._autograd._get_current_graph_task_keep_graph()
+        if keeps or grad.device.type != "cpu" or grad != 1:
+            found = [None if gradient is None else (gradient * grad).to(gradient.dtype) for gradient in found]
+        return (*found, None, None, None, None, None)
 
 
 def _scale(

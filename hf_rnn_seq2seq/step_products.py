@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .packed_products import can_be_packed, pack, packed_is_faster, packed_product, packing_repaid
+from .vector_products import by_vectors
 
 
 class Waiting:
@@ -211,14 +212,14 @@ class _MemoryProduct(torch.autograd.Function):
     def forward(ctx: Any, token: torch.Tensor, record: LoopMemory, x: torch.Tensor) -> torch.Tensor:
         ctx.record = record
         ctx.save_for_backward(x, record.factor)
-        return x @ record.factor
+        return product_with_memory(x, record.factor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, factor = ctx.saved_tensors
         ctx.record.put_aside(x, grad)
-        return None, None, grad @ factor.transpose(-2, -1)
+        return None, None, product_with_memory(grad, factor.transpose(-2, -1))
 
 
 class LoopKeys(Waiting):
@@ -231,6 +232,7 @@ class LoopKeys(Waiting):
         super().__init__()
         self.original, self.keys = keys, keys.detach()
         self.factors: torch.Tensor | None = None  # what additive_scores.py makes of them
+        self.of_v: tuple[torch.Tensor, torch.Tensor] | None = None  # and of the vector v that goes with them
         self.token = _Shared.apply(self, keys)
 
     def gradient_so_far(self) -> torch.Tensor | None:
@@ -395,12 +397,19 @@ def memory_product(x: torch.Tensor, memory: torch.Tensor, transposed: bool = Fal
     """
     weights = None if torch.compiler.is_compiling() else _weights.get()
     if weights is None or not (torch.is_grad_enabled() and memory.requires_grad):
-        return x @ (memory.transpose(-2, -1) if transposed else memory)
+        return product_with_memory(x, memory.transpose(-2, -1) if transposed else memory)
     record = weights.memories.get((id(memory), transposed))
     if record is None:
         record = LoopMemory(memory, transposed, product_dtype(memory))
         weights.memories[id(memory), transposed] = record
     return _MemoryProduct.apply(record.token, record, x.to(record.factor.dtype))
+
+
+def product_with_memory(x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """x M, most often of one row: [..., R, S] and [..., S, D] -> [..., R, D]."""
+    if torch.compiler.is_compiling() or x.size(-2) > 1:
+        return x @ memory
+    return by_vectors(torch.matmul, x, memory)
 
 
 class StepLinear(nn.Linear):

@@ -152,15 +152,15 @@ def test_a_wrong_number_is_not_hidden() -> None:
 
 @pytest.mark.parametrize("length", [1, 40])
 def test_only_its_arguments_are_kept(length: int) -> None:
-    """And for several queries what is made of the keys once, of their size."""
+    """For several queries their exponentials are in their place, and with the keys those of the keys."""
     query, keys, v = tensors(3, length, 5, 1, 6)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         additive_scores(query, keys, v)
-    arguments = {tensor.data_ptr() for tensor in (query, keys, v)}
+    arguments = {tensor.data_ptr() for tensor in ((keys, v) if length > 1 else (query, keys, v))}
     assert arguments <= {tensor.data_ptr() for tensor in kept}
     others = [tensor for tensor in kept if tensor.data_ptr() not in arguments]
-    assert [tensor.shape for tensor in others] == [keys.shape] * (length > 1)
+    assert [tensor.shape for tensor in others] == [query.shape, keys.shape] * (length > 1)
 
 
 def test_steps_of_a_loop_share_what_is_made_of_the_keys() -> None:

@@ -132,14 +132,27 @@ def test_only_what_is_wanted_has_a_gradient() -> None:
     torch.testing.assert_close(gradient, expected, **EXACT)
 
 
-def test_twice_backward_through_one_loss_adds_up() -> None:
+@pytest.mark.parametrize("scale", [1.0, -2.5])
+def test_float32_and_its_scaled_gradients(scale: float) -> None:
+    """On a CPU the bias is added in a pass of its own, and a gradient times one is handed on as it is."""
+    inputs, labels = tensors(dtype=torch.float32)
+    loss, _ = linear_loss(*inputs, labels, "softmax")
+    expected = plain_loss(*inputs, labels, "softmax", None, 0.0)
+    torch.testing.assert_close(loss, expected)
+    found = torch.autograd.grad(scale * loss, inputs)
+    for one, other in zip(found, torch.autograd.grad(scale * expected, inputs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_three_times_backward_through_one_loss_adds_up() -> None:
     inputs, labels = tensors()
     loss = linear_loss(*inputs, labels, "softmax")[0]
     loss.backward(retain_graph=True)
     once = [tensor.grad.clone() for tensor in inputs if tensor.grad is not None]
+    loss.backward(retain_graph=True)
     loss.backward()
     for tensor, gradient in zip(inputs, once, strict=True):
-        torch.testing.assert_close(tensor.grad, 2 * gradient)
+        torch.testing.assert_close(tensor.grad, 3 * gradient)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
