@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from .onednn_products import by_vectors
 from .step_products import LoopKeys, loop_weights
-from .vector_products import by_vectors
 
 # How many numbers of the hidden layer are made at once: on a CPU for each thread, 2 MB in float32, which stays in its
 # caches from one operation to the next (with 1 MB, calls take longer than is gained); on other devices 256 MB, where

@@ -22,6 +22,7 @@ from .configuration_rnn_seq2seq import RnnSeq2SeqConfig
 from .heads import Head, HeadInput, LinearHead
 from .losses import IGNORED, fenchel_young_losses, smoothing_loss, token_loss
 from .normalizers import LOG2_E, NORMALIZERS
+from .onednn_products import rounded_rows
 from .step_products import StepLinear
 
 # How many scores are made at once, 32 MB in float32 (on other devices than a CPU 512 MB); but of so many positions at
@@ -97,7 +98,10 @@ class _LinearLoss(torch.autograd.Function):
         given, labelled = x, labels != IGNORED
         if device_type == "cpu":  # elsewhere the products of ignored positions cost less than to wait for their number
             rows = labelled.nonzero().squeeze(1)
-            x, labels, labelled = x[rows], labels[rows], labelled[rows]
+            count = len(rows)
+            more = rounded_rows(count, x.new_empty(0, dtype=dtype)) - count  # of the first, without a part in the loss
+            read = torch.cat((rows, rows[:1].expand(more)))
+            x, labels, labelled = x[read], labels[read], torch.arange(len(read)) < count
         x, w, b = x.to(dtype), weight.to(dtype), bias.to(dtype)
         total, smoothed_total = (x.new_zeros((), dtype=wide) for _ in range(2))
         d_x = torch.empty_like(x) if with_gradients else None
@@ -128,7 +132,7 @@ class _LinearLoss(torch.autograd.Function):
         if d_x is not None and d_weight is not None and d_bias is not None:
             d_x = d_x.to(given.dtype)
             if rows is not None:
-                d_x = torch.zeros_like(given).index_copy_(0, rows, d_x)
+                d_x = torch.zeros_like(given).index_copy_(0, rows, d_x[: len(rows)])
             ctx.save_for_backward(d_x, d_weight.to(weight.dtype), d_bias.to(bias.dtype))
         ctx.mark_non_differentiable(smoothed_total)
         return total + smoothing * smoothed_total, smoothed_total

@@ -7,14 +7,16 @@ a view. Of captions in batches of like length 15 % of all target positions are p
 Shapes: B batch, R rows in the loop, T target.
 """
 
+import math
+
 import torch
 
 from .attention import PreparedMemory
 from .cache_rnn_seq2seq import DecoderState
 
-# Rows leave when they are at least this part of those in the loop: whenever some do, attention's products with the
-# source start anew.
-WORTH_LEAVING = 1 / 8
+# Rows leave by parts of the batch, of which there are so many: whenever some do, attention's products with the source
+# start anew, and oneDNN makes a kernel of every new number of rows, which takes as long as a product.
+PARTS = 8
 
 
 class ShrinkingBatch:
@@ -57,13 +59,11 @@ def shrinking_batch(lengths: torch.Tensor, steps: int) -> ShrinkingBatch | None:
 
 
 def rows_of_steps(lengths: list[int], steps: int) -> list[int]:
-    """How many rows are in the loop at each step, given their lengths, the longest first."""
-    rows, size = [], len(lengths)
+    """How many rows are in the loop at each step, given their lengths, the longest first: whole parts of the batch."""
+    part = math.ceil(len(lengths) / PARTS)
+    rows, going_on = [], len(lengths)
     for t in range(steps):
-        going_on = size
         while going_on > 1 and lengths[going_on - 1] <= t:
             going_on -= 1
-        if size - going_on >= WORTH_LEAVING * size:
-            size = going_on
-        rows.append(size)
+        rows.append(min(math.ceil(going_on / part) * part, len(lengths)))
     return rows

@@ -18,8 +18,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .onednn_products import by_vectors, rounded_rows
 from .packed_products import can_be_packed, pack, packed_is_faster, packed_product, packing_repaid
-from .vector_products import by_vectors
 
 
 class Waiting:
@@ -38,14 +38,22 @@ class Waiting:
             self.task, self.steps = task, []
         self.steps.append(tensors)
 
-    def take(self) -> list[torch.Tensor] | None:
-        """[..., T * R, I] and [..., T * R, O] of all steps; `None` if no step had a part in the loss."""
+    def take(self, rounded: bool = False) -> list[torch.Tensor] | None:
+        """
+        [..., T * R, I] and [..., T * R, O] of all steps; `None` if no step had a part in the loss. If `rounded`, with
+        rows of zeros after them that make it `rounded_rows`.
+        """
         steps, self.steps = self.steps, []
         if not steps or self.task != torch._C._current_graph_task_id():
             return None
         if len(steps) == 1:
             return list(steps[0])
-        return [torch.cat(parts, dim=-2) for parts in zip(*steps, strict=True)]
+        columns = [list(parts) for parts in zip(*steps, strict=True)]
+        if rounded:
+            rows = sum(len(step[0]) for step in steps)
+            for parts in columns:
+                parts.append(parts[0].new_zeros(rounded_rows(rows, parts[0]) - rows, parts[0].size(-1)))
+        return [torch.cat(parts, dim=-2) for parts in columns]
 
     def gradients(self) -> tuple[torch.Tensor, ...] | None:
         """Of what `token` stands for, by all steps; `None` if no step had a part in the loss."""
@@ -99,7 +107,7 @@ class LoopWeight(Waiting):
 
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """dW [O, I] and db [O]."""
-        taken = self.take()
+        taken = self.take(rounded=True)
         if taken is None:
             return None
         x, grad = taken  # [T * B, I], [T * B, O]
@@ -159,7 +167,7 @@ class LoopWeightPair(Waiting):
 
     def gradients(self) -> tuple[torch.Tensor, ...] | None:
         """dW, dU, db and db again, since each bias has its own."""
-        taken = self.take()
+        taken = self.take(rounded=True)
         if taken is None:
             return None
         x, h, grad = taken  # [T * B, *]

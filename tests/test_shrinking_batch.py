@@ -1,5 +1,7 @@
 """Rows whose targets have ended leave the loop: the loss and gradients of a loop that keeps them, in less work."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -61,7 +63,7 @@ def sizes(monkeypatch):
 @pytest.fixture
 def staying(monkeypatch):
     """Call it, and no row leaves."""
-    return lambda: monkeypatch.setattr(shrinking_batch, "WORTH_LEAVING", 2.0)
+    return lambda: monkeypatch.setattr(shrinking_batch, "PARTS", 1)
 
 
 def both(model, batch, staying, **tolerances):
@@ -129,7 +131,7 @@ def test_any_lengths(lengths, more):
     batch = ragged(model, lengths, max(*lengths, 1) + more)
     found = loss_and_gradients(model, batch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shrinking_batch, "WORTH_LEAVING", 2.0)
+        patch.setattr(shrinking_batch, "PARTS", 1)
         assert_same(found, loss_and_gradients(model, batch), atol=1e-10, rtol=1e-10)
 
 
@@ -142,7 +144,8 @@ def test_rows_stay_for_their_lengths_and_leave_in_time(lengths, steps):
     for t, size in enumerate(rows):
         needed = sum(length > t for length in lengths)
         assert max(needed, 1) <= size <= len(lengths)
-        assert size == 1 or size - max(needed, 1) < size * shrinking_batch.WORTH_LEAVING
+        assert size - max(needed, 1) < math.ceil(len(lengths) / shrinking_batch.PARTS)
+    assert len(set(rows)) <= shrinking_batch.PARTS
 
 
 def test_results_come_in_the_order_of_the_rows():
@@ -196,7 +199,7 @@ def test_few_products_are_begun_anew(monkeypatch):
     monkeypatch.setattr(LoopMemory, "__init__", lambda self, *rest: made.append(len(rest[0])) or start(self, *rest))
     model = tiny_model(wiring_type="input_feeding", attention_type="dot")
     model(**ragged(model, list(range(20, 52)), 51))
-    assert sorted(set(made), reverse=True) == [32, 28, 24, 21, 18, 15, 13, 11, 9, 7, 6, 5, 4, 3, 2, 1]
+    assert sorted(set(made), reverse=True) == [32, 28, 24, 20, 16, 12, 8, 4]
 
 
 def test_no_cache():
