@@ -86,7 +86,7 @@ def _query_factors(query: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (2 * query.to(dtype)).clamp_(-limit, limit).exp_()
 
 
-def _loop_keys(query: torch.Tensor, keys: torch.Tensor) -> LoopKeys | None:
+def _loop_keys(query: torch.Tensor, keys: torch.Tensor, v: torch.Tensor) -> LoopKeys | None:
     """What a loop has of keys that are the same tensor in all its steps; `None` where nothing is trained."""
     loop = loop_weights()
     if loop is None or not (keys.requires_grad and torch.is_grad_enabled()):
@@ -95,6 +95,7 @@ def _loop_keys(query: torch.Tensor, keys: torch.Tensor) -> LoopKeys | None:
     if record is None:
         record = loop.keys_of_loop[id(keys)] = LoopKeys(keys)
         record.factors = _key_factors(query, keys)
+        record.of_v = _of_v(v.detach(), _sum_dtype(query, keys))
     return record
 
 
@@ -171,12 +172,7 @@ class AdditiveScores(torch.autograd.Function):
         heads = v.size(0)
         scores = query.new_empty(heads, query.size(0), query.size(1), keys.size(1), dtype=dtype)
         sigmoids = _sigmoids(query, keys, key_factors, dtype)
-        of_v = None if record is None else record.of_v
-        if of_v is None:
-            of_v = _of_v(v, dtype)
-            if record is not None:
-                record.of_v = of_v
-        sums, doubled_v = of_v
+        sums, doubled_v = _of_v(v, dtype) if record is None else record.of_v
         with _without_autocast(query.device.type):
             for b, t in parts(query, keys):
                 r = sigmoids(b, t)
@@ -252,7 +248,7 @@ def additive_scores(query: torch.Tensor, keys: torch.Tensor, v: torch.Tensor, sh
     if few and not torch.is_grad_enabled() and not torch.is_autocast_enabled(query.device.type):
         dtype = _sum_dtype(query, keys)
         return scores_at_once(query.to(dtype), keys.to(dtype), v.to(dtype))
-    record = _loop_keys(query, keys) if shared else None
+    record = _loop_keys(query, keys, v) if shared else None
     if record is not None:
         return AdditiveScores.apply(query, record.token, v, record.factors, record)
     factors = _key_factors(query, keys) if query.size(1) >= QUERIES_TO_FACTOR else None

@@ -23,7 +23,7 @@ from .heads import Head, HeadInput, LinearHead
 from .losses import IGNORED, fenchel_young_losses, smoothing_loss, token_loss
 from .normalizers import LOG2_E, NORMALIZERS
 from .onednn_products import rounded_rows
-from .step_products import StepLinear
+from .step_products import StepLinear, product_dtype
 
 # How many scores are made at once, 32 MB in float32 (on other devices than a CPU 512 MB); but of so many positions at
 # least, since each part adds to a gradient as large as the output layer.
@@ -90,19 +90,17 @@ class _LinearLoss(torch.autograd.Function):
         with_gradients: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         device_type = x.device.type
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device_type)
+        dtype = product_dtype(weight)
+        w, b = weight.to(dtype), bias.to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
         rows = None
         given, labelled = x, labels != IGNORED
         if device_type == "cpu":  # elsewhere the products of ignored positions cost less than to wait for their number
             rows = labelled.nonzero().squeeze(1)
-            count = len(rows)
-            more = rounded_rows(count, x.new_empty(0, dtype=dtype)) - count  # of the first, without a part in the loss
+            more = rounded_rows(len(rows), w) - len(rows)  # of the first, without a part in the loss
             read = torch.cat((rows, rows[:1].expand(more)))
-            x, labels, labelled = x[read], labels[read], torch.arange(len(read)) < count
-        x, w, b = x.to(dtype), weight.to(dtype), bias.to(dtype)
+            x, labels, labelled = x[read], labels[read], torch.arange(len(read)) < len(rows)
+        x = x.to(dtype)
         total, smoothed_total = (x.new_zeros((), dtype=wide) for _ in range(2))
         d_x = torch.empty_like(x) if with_gradients else None
         d_weight = None  # the first part makes it

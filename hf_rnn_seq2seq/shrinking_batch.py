@@ -7,8 +7,6 @@ a view. Of captions in batches of like length 15 % of all target positions are p
 Shapes: B batch, R rows in the loop, T target.
 """
 
-import math
-
 import torch
 
 from .attention import PreparedMemory
@@ -29,7 +27,7 @@ class ShrinkingBatch:
     def __init__(self, lengths: torch.Tensor, steps: int):
         self.order = lengths.argsort(descending=True, stable=True)  # the row in each place
         self.places = self.order.argsort()  # each row's place
-        self.rows = rows_of_steps(lengths[self.order].tolist(), steps)
+        self.rows = rows_of_steps(lengths, steps)
 
     def sort(self, tensor: torch.Tensor) -> torch.Tensor:
         """[B, ...] in the order of lengths."""
@@ -58,12 +56,8 @@ def shrinking_batch(lengths: torch.Tensor, steps: int) -> ShrinkingBatch | None:
     return batch if batch.rows[-1] < batch.rows[0] else None
 
 
-def rows_of_steps(lengths: list[int], steps: int) -> list[int]:
-    """How many rows are in the loop at each step, given their lengths, the longest first: whole parts of the batch."""
-    part = math.ceil(len(lengths) / PARTS)
-    rows, going_on = [], len(lengths)
-    for t in range(steps):
-        while going_on > 1 and lengths[going_on - 1] <= t:
-            going_on -= 1
-        rows.append(min(math.ceil(going_on / part) * part, len(lengths)))
-    return rows
+def rows_of_steps(lengths: torch.Tensor, steps: int) -> list[int]:
+    """How many rows are in the loop at each step, given their lengths [B]: whole parts of the batch."""
+    part = -(-len(lengths) // PARTS)
+    going_on = (lengths.unsqueeze(1) > torch.arange(steps)).sum(0).clamp(min=1)
+    return (-(-going_on // part) * part).clamp(max=len(lengths)).tolist()

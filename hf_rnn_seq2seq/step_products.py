@@ -51,8 +51,9 @@ class Waiting:
         columns = [list(parts) for parts in zip(*steps, strict=True)]
         if rounded:
             rows = sum(len(step[0]) for step in steps)
+            more = rounded_rows(rows, steps[0][0]) - rows
             for parts in columns:
-                parts.append(parts[0].new_zeros(rounded_rows(rows, parts[0]) - rows, parts[0].size(-1)))
+                parts.append(parts[0].new_zeros(more, parts[0].size(-1)))
         return [torch.cat(parts, dim=-2) for parts in columns]
 
     def gradients(self) -> tuple[torch.Tensor, ...] | None:
@@ -236,11 +237,12 @@ class LoopKeys(Waiting):
     they are: it is added up where it is made (additive_scores.py), by which also no two of them take memory.
     """
 
+    of_v: tuple[torch.Tensor, torch.Tensor]  # what additive_scores.py makes of the vector v that goes with them
+
     def __init__(self, keys: torch.Tensor):
         super().__init__()
         self.original, self.keys = keys, keys.detach()
-        self.factors: torch.Tensor | None = None  # what additive_scores.py makes of them
-        self.of_v: tuple[torch.Tensor, torch.Tensor] | None = None  # and of the vector v that goes with them
+        self.factors: torch.Tensor | None = None  # and of the keys
         self.token = _Shared.apply(self, keys)
 
     def gradient_so_far(self) -> torch.Tensor | None:

@@ -138,7 +138,7 @@ def test_any_lengths(lengths, more):
 @given(lengths=st.lists(st.integers(0, 12), min_size=1, max_size=40), steps=st.integers(1, 12))
 def test_rows_stay_for_their_lengths_and_leave_in_time(lengths, steps):
     lengths = sorted(lengths, reverse=True)
-    rows = rows_of_steps(lengths, steps)
+    rows = rows_of_steps(torch.tensor(lengths), steps)
     assert len(rows) == steps
     assert rows == sorted(rows, reverse=True)
     for t, size in enumerate(rows):
